@@ -1,0 +1,36 @@
+"""The things that stages read and write: small frozen types, versioned on disk."""
+
+from slmops.artifacts.base import Artifact, Draft, drafting
+from slmops.artifacts.kinds import (
+    KINDS,
+    SPLITS,
+    Bundle,
+    Checkpoint,
+    Dataset,
+    Report,
+    Variant,
+    open_artifact,
+    read_jsonl,
+)
+from slmops.artifacts.manifest import MANIFEST_NAME, Manifest
+from slmops.artifacts.rows import ChatRole, Message, Row
+
+__all__ = [
+    "KINDS",
+    "MANIFEST_NAME",
+    "SPLITS",
+    "Artifact",
+    "Bundle",
+    "ChatRole",
+    "Checkpoint",
+    "Dataset",
+    "Draft",
+    "Manifest",
+    "Message",
+    "Report",
+    "Row",
+    "Variant",
+    "drafting",
+    "open_artifact",
+    "read_jsonl",
+]

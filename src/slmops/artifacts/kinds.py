@@ -1,0 +1,126 @@
+"""The kinds of artifact, in the order of a model's life, and how to read each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from slmops.artifacts.base import Artifact
+from slmops.artifacts.rows import Row
+
+SPLITS = ("train", "validation", "test")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file, one at a time."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class Dataset(Artifact):
+    """Checked rows in three splits.
+
+    Files: ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (one :class:`Row` a line), ``quarantine.jsonl`` (bad
+    rows with the reason), ``summary.json`` (counts, removed duplicates, balance, ``labels``: sorted, or null for an
+    open task). A teacher's answers add ``teacher.jsonl`` and, for a closed label set, ``teacher_<split>.npy``:
+    float32 ``[rows, labels]`` log-probabilities in the order of the split's rows.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows of one split, in their fixed order."""
+        return (Row.from_json(raw) for raw in read_jsonl(self.path / f"{split}.jsonl"))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text("utf-8"))
+        return summary
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The closed label set, sorted, or None for an open task."""
+        labels = self.summary.get("labels")
+        return None if labels is None else tuple(labels)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Artifact):
+    """Trained weights in the layout of transformers: ``config.json``, ``model.safetensors``, ``tokenizer.json``,
+    ``tokenizer_config.json``, ``chat_template.jinja`` where the model chats; ``labels.json`` for a classifier;
+    ``history.json``: the loss curve, a list of ``{"step", "epoch", "loss", "validation_loss", ...}``.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        path = self.path / "labels.json"
+        return tuple(json.loads(path.read_text("utf-8"))) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Variant(Artifact):
+    """A model in the form that a runtime loads, in a folder ``model/`` that stands alone.
+
+    ``variant.json`` says ``{"runtime": "onnx"|"torch"|..., "precision": "int8", "form": "classifier"|"generator",
+    "parameters": int}``.
+    """
+
+    kind: ClassVar[str] = "variant"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        description: dict[str, Any] = json.loads((self.path / "variant.json").read_text("utf-8"))
+        return description
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of everything in ``model/``: weights, graph, tokenizer."""
+        return sum(f.size_bytes for name, f in self.manifest.files.items() if name.startswith("model/"))
+
+
+@dataclass(frozen=True)
+class Report(Artifact):
+    """Measurements: ``report.json``, and ``report.html`` for the report of a whole run."""
+
+    kind: ClassVar[str] = "report"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.path / "report.json").read_text("utf-8"))
+        return content
+
+
+@dataclass(frozen=True)
+class Bundle(Artifact):
+    """What is shipped: ``model/`` (a variant's), ``bundle.json``, ``report.json``, ``MODEL_CARD.md``, ``licenses/``."""
+
+    kind: ClassVar[str] = "bundle"
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        description: dict[str, Any] = json.loads((self.path / "bundle.json").read_text("utf-8"))
+        return description
+
+
+KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Dataset, Checkpoint, Variant, Report, Bundle)}
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """Open an artifact as the type that its manifest names (plain :class:`Artifact` for a kind not known here)."""
+    artifact = Artifact.open(path)
+    return KINDS.get(artifact.manifest.kind, Artifact)(artifact.path, artifact.manifest)

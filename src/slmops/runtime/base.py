@@ -1,0 +1,103 @@
+"""One way to run a model, whatever engine is underneath.
+
+A model answers in one of two forms. A :class:`Classifier` gives a distribution over a closed label set in one forward
+pass. A :class:`Generator` writes text token by token, and can say how likely a given text was.
+Engines are chosen by :func:`slmops.runtime.open_generator` and :func:`slmops.runtime.open_classifier`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slmops.artifacts import Message
+
+FinishReason = Literal["stop", "length"]
+Probabilities = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """
+    ``max_tokens``   new tokens at most
+    ``temperature``  0 is greedy
+    ``seed``         makes sampling repeatable on the same machine
+    ``stop``         texts that end the answer; they are not part of it
+    """
+
+    messages: tuple[Message, ...]
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer. ``logprob`` is the sum over the answer's tokens where the engine tells it (nats)."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """``logprob``: sum over the target's tokens (nats), end-of-turn included. ``tokens``: how many. ``bytes``: UTF-8
+    length of the target, so that models with unlike tokenizers compare (bits per byte)."""
+
+    logprob: float
+    tokens: int
+    bytes: int
+
+
+class Classifier(Protocol):
+    """Distribution over ``labels`` in one forward pass."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    def probabilities(self, texts: Sequence[str]) -> Probabilities:
+        """``[len(texts), len(labels)]`` float32; each row sums to 1. Rows come back in the order given."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Generator(Protocol):
+    """Text out of messages."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Answers in the order of the requests; the engine batches as it likes."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """One answer, piece by piece. Closing the iterator stops the work."""
+        ...
+
+    def score(self, conversations: Sequence[tuple[tuple[Message, ...], str]]) -> list[TextScore]:
+        """How likely each target is after its messages.
+
+        Raises:
+            NotImplementedError: this engine does not give log-probabilities of given text.
+        """
+        ...
+
+    def close(self) -> None: ...
