@@ -3,6 +3,7 @@
 from slmops.artifacts.base import Artifact, Draft, drafting
 from slmops.artifacts.kinds import (
     KINDS,
+    MODEL_DESCRIPTION,
     SPLITS,
     Bundle,
     Checkpoint,
@@ -18,6 +19,7 @@ from slmops.artifacts.rows import ChatRole, Message, Row
 __all__ = [
     "KINDS",
     "MANIFEST_NAME",
+    "MODEL_DESCRIPTION",
     "SPLITS",
     "Artifact",
     "Bundle",

@@ -12,6 +12,7 @@ from slmops.artifacts.base import Artifact
 from slmops.artifacts.rows import Row
 
 SPLITS = ("train", "validation", "test")
+MODEL_DESCRIPTION = "slmops.json"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -65,14 +66,12 @@ class Checkpoint(Artifact):
 
 
 @dataclass(frozen=True)
-class Variant(Artifact):
-    """A model in the form that a runtime loads, in a folder ``model/`` that stands alone.
+class _WithModel(Artifact):
+    """An artifact with a folder ``model/`` that stands alone: all that a runtime needs.
 
-    ``variant.json`` says ``{"runtime": "onnx"|"torch"|..., "precision": "int8", "form": "classifier"|"generator",
-    "parameters": int}``.
+    ``model/slmops.json`` says ``{"runtime": "onnx" | "onnx-genai" | "torch", "form": "classifier" | "generator",
+    "precision": "int8", "parameters": int, "labels": [...] or null, "max_tokens": int}``.
     """
-
-    kind: ClassVar[str] = "variant"
 
     @property
     def model_path(self) -> Path:
@@ -80,13 +79,20 @@ class Variant(Artifact):
 
     @property
     def description(self) -> dict[str, Any]:
-        description: dict[str, Any] = json.loads((self.path / "variant.json").read_text("utf-8"))
+        description: dict[str, Any] = json.loads((self.model_path / MODEL_DESCRIPTION).read_text("utf-8"))
         return description
 
     @property
     def model_bytes(self) -> int:
         """Bytes of everything in ``model/``: weights, graph, tokenizer."""
         return sum(f.size_bytes for name, f in self.manifest.files.items() if name.startswith("model/"))
+
+
+@dataclass(frozen=True)
+class Variant(_WithModel):
+    """A model in a form that a runtime loads, at one precision."""
+
+    kind: ClassVar[str] = "variant"
 
 
 @dataclass(frozen=True)
@@ -102,19 +108,10 @@ class Report(Artifact):
 
 
 @dataclass(frozen=True)
-class Bundle(Artifact):
-    """What is shipped: ``model/`` (a variant's), ``bundle.json``, ``report.json``, ``MODEL_CARD.md``, ``licenses/``."""
+class Bundle(_WithModel):
+    """What is shipped: ``model/`` (a variant's), ``report.json``, ``MODEL_CARD.md``, ``licenses/``."""
 
     kind: ClassVar[str] = "bundle"
-
-    @property
-    def model_path(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def description(self) -> dict[str, Any]:
-        description: dict[str, Any] = json.loads((self.path / "bundle.json").read_text("utf-8"))
-        return description
 
 
 KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Dataset, Checkpoint, Variant, Report, Bundle)}

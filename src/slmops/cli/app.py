@@ -1,0 +1,72 @@
+"""The typer application, and how errors become exit codes.
+
+Exit codes: 0 done; 1 a gate or the input failed; 2 wrong use; 130 interrupted. A bug keeps its traceback.
+Verbs import their libraries inside the command, so that ``slmops --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from slmops import __version__
+from slmops.errors import SlmopsError
+
+app = typer.Typer(
+    name="slmops",
+    help="Run small language models through their whole life: teach, fit, prove, ship, watch, improve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"slmops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the log of every step on standard error."),
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def _silence_telemetry() -> None:
+    """Libraries below us must not phone home; each is told so before it is imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
+        "OLIVE_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def main() -> None:
+    """Entry point of the ``slmops`` command."""
+    _silence_telemetry()
+    try:
+        app()
+    except SlmopsError as error:
+        from slmops.cli.render import show_error
+
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
