@@ -10,7 +10,8 @@
     ├── ModelError               a model that cannot be found, read or held
     │   ├── ModelNotFoundError   nothing there, or nothing of that name
     │   ├── GatedModelError      the hub wants a licence accepted or a token
-    │   └── MemoryBudgetError    the work cannot fit in memory (the message shows the arithmetic)
+    │   ├── MemoryBudgetError    the work cannot fit in memory (the message shows the arithmetic)
+    │   └── ContextLengthError   a conversation does not fit in the model's context
     ├── TeacherError             a teacher that cannot be asked, or whose answers cannot be used
     ├── PrivacyError             data would leave the machine without leave
     ├── ArtifactError            an artifact that cannot be read, written or trusted
@@ -95,6 +96,16 @@ class GatedModelError(ModelError):
 
 class MemoryBudgetError(ModelError):
     pass
+
+
+class ContextLengthError(ModelError):
+    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
+        super().__init__(
+            f"The model's context holds {context_tokens} tokens, and the conversation alone has {prompt_tokens}.",
+            remedy="Shorten the conversation, or leave out its first turns.",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
 
 
 class TeacherError(SlmopsError):

@@ -1,0 +1,305 @@
+"""A generator over onnxruntime-genai.
+
+Guarantees: the prompt's ids are those of :mod:`slmops.chat`; the key-value cache is sized to the request, not to the
+model's context; a batch's greedy answers are those of its requests one by one (rows are padded on the right: with
+padding on the left the engine's attention is off, so nothing here does it); the same seed gives the same sample on the
+same machine; nothing is sent anywhere. ``max_tokens`` is cut to what the context leaves.
+Not covered: continuous batching, adapters switched at run time, constrained decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slmops.artifacts import Message
+from slmops.chat import ChatTokenizer
+from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError
+from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
+from slmops.runtime.description import ModelDescription
+from slmops.runtime.stops import StopScanner
+
+CONFIG_FILE = "genai_config.json"
+MAX_BATCH = 8
+"""Rows of one static batch: on two cores 8 give twice the tokens per second of 1, and the cache grows with each."""
+
+
+class GenaiGenerator:
+    """See the module. One instance may be used from one thread at a time."""
+
+    def __init__(self, model: Any, chat: ChatTokenizer, description: ModelDescription, config: dict[str, Any]) -> None:
+        self._model = model
+        self._chat = chat
+        self.description = description
+        self._context_tokens = int(config["model"]["context_length"])
+        self._pad_token_id = int(config["model"].get("pad_token_id") or 0)
+        self._end_ids = frozenset(chat.eos_token_ids) | _ids(config["model"].get("eos_token_id"))
+
+    @classmethod
+    def load(cls, path: Path | str, *, threads: int | None = None) -> GenaiGenerator:
+        """Open the model folder at ``path``. ``threads``: of one forward pass; None leaves it to the engine.
+
+        Raises:
+            ModelNotFoundError: not a model folder.
+            CorruptArtifactError: a file of it is missing, damaged, or does not fit the others.
+            ModelError: the folder holds another kind of model.
+        """
+        folder = Path(path)
+        description = ModelDescription.read(folder)
+        if (description.runtime, description.form) != ("onnx-genai", "generator"):
+            raise ModelError(
+                f"{folder} holds a {description.form} for {description.runtime}, not a generator for onnx-genai.",
+                remedy="Name a variant that was compressed for an open task.",
+            )
+        config = _read_config(folder / CONFIG_FILE)
+        return cls(_open_model(folder, threads), ChatTokenizer.load(folder), description, config)
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and answer together may have so many tokens."""
+        return self._context_tokens
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt, template included."""
+        return len(self._chat.encode_prompt(messages))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
+        return self._chat.encode(text)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Answers in the order of ``requests``. Greedy requests share batches of up to :data:`MAX_BATCH` rows of like
+        length; sampled ones run alone, so that each keeps its seed.
+
+        Raises:
+            ContextLengthError: a prompt leaves no room for an answer.
+        """
+        prompts = [self._chat.encode_prompt(request.messages) for request in requests]
+        batches = greedy_batches(
+            {row: (len(prompts[row]), r.max_tokens) for row, r in enumerate(requests) if r.temperature <= 0},
+            self._context_tokens,
+        )
+        batches += [[row] for row, request in enumerate(requests) if request.temperature > 0]
+        results: dict[int, Generation] = {}
+        for rows in batches:
+            answers = self._answers([prompts[row] for row in rows], [requests[row] for row in rows])
+            results.update(zip(rows, answers, strict=True))
+        return [results[row] for row in range(len(requests))]
+
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """One answer, piece by piece; the last piece has the finish reason and the counts. Closing the iterator stops
+        the work after the token at hand.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+        """
+        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+
+    def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
+        """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
+        generator, (answer,) = self._start([prompt], [request])
+        return _stream(generator, answer)
+
+    def score(self, conversations: Sequence[tuple[tuple[Message, ...], str]]) -> list[TextScore]:
+        """Log-probability of each target after its messages, from one forward pass over both.
+
+        Raises:
+            ContextLengthError: messages and target do not fit in the context.
+            NotImplementedError: the graph was built to give the logits of the last position alone.
+        """
+        return [self._score(messages, target) for messages, target in conversations]
+
+    def close(self) -> None:
+        """Free the model. The generator cannot be used afterwards."""
+        self._model = None
+
+    def _answers(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[Generation]:
+        generator, answers = self._start(prompts, requests)
+        texts: list[list[str]] = [[] for _ in answers]
+        while not all(answer.finish_reason for answer in answers) and not generator.is_done():
+            generator.generate_next_token()
+            for text, answer, token in zip(texts, answers, generator.get_next_tokens(), strict=True):
+                text.append(answer.push(int(token)))
+        return [
+            Generation(
+                "".join(text) + answer.finish(), answer.finish_reason or "length", answer.prompt_tokens, answer.tokens
+            )
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+
+    def _start(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> tuple[Any, list[_Answer]]:
+        """A generator that has read the prompts, and one answer a row to be filled."""
+        for prompt in prompts:
+            self._check_room(len(prompt) + 1, len(prompt))
+        longest = max(map(len, prompts))
+        answers = [
+            _Answer(
+                len(prompt),
+                min(request.max_tokens, self._context_tokens - longest),
+                self._end_ids,
+                self._chat.stream_decoder(),
+                StopScanner(request.stop),
+            )
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        ids = np.full((len(prompts), longest), self._pad_token_id, dtype=np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        max_length = longest + max(answer.max_tokens for answer in answers)
+        generator = self._generator(max_length, len(prompts), requests[0])
+        generator.append_tokens(ids if len(prompts) > 1 else ids[0])
+        return generator, answers
+
+    def _generator(self, max_length: int, rows: int, request: GenerationRequest) -> Any:
+        import onnxruntime_genai
+
+        sampled = request.temperature > 0
+        options: dict[str, Any] = {"max_length": max_length, "batch_size": rows, "do_sample": sampled}
+        if sampled:
+            # top_k=0: off. The export's default of 50 would cut the distribution behind the caller's back.
+            options |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+            if request.seed is not None:
+                options["random_seed"] = request.seed % 2**31
+        params = onnxruntime_genai.GeneratorParams(self._model)
+        params.set_search_options(**options)
+        return onnxruntime_genai.Generator(self._model, params)
+
+    def _score(self, messages: tuple[Message, ...], target: str) -> TextScore:
+        encoded = self._chat.encode_training(messages, target)
+        ids = encoded.input_ids
+        self._check_room(len(ids), len(ids))
+        generator = self._generator(len(ids), 1, GenerationRequest(messages))
+        generator.append_tokens(np.asarray(ids[:-1], dtype=np.int32))
+        logits = generator.get_output("logits")  # [1, len(ids) - 1, vocabulary]
+        if logits.shape[1] != len(ids) - 1:
+            raise NotImplementedError(
+                f"{self.description.name or 'This model'} gives the logits of {logits.shape[1]} of {len(ids) - 1} "
+                "positions: its graph was built for generation alone."
+            )
+        wanted = [position for position, counts in enumerate(encoded.loss_mask) if counts and position > 0]
+        rows = logits[0, [position - 1 for position in wanted]]
+        logprob = log_likelihood(rows, np.asarray(ids)[wanted])
+        return TextScore(logprob, len(wanted), len(target.encode("utf-8", "replace")))
+
+    def _check_room(self, needed_tokens: int, prompt_tokens: int) -> None:
+        if needed_tokens > self._context_tokens:
+            raise ContextLengthError(prompt_tokens, self._context_tokens)
+
+
+class _Answer:
+    """One row of a running batch: tokens in, text out, and why it ended. Does no inference."""
+
+    def __init__(
+        self, prompt_tokens: int, max_tokens: int, end_ids: frozenset[int], decoder: Any, scanner: StopScanner
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._end_ids = end_ids
+        self._decoder = decoder
+        self._scanner = scanner
+
+    def push(self, token: int) -> str:
+        """Text that this token makes certain. Tokens after the end are ignored."""
+        if self.finish_reason:
+            return ""
+        if token in self._end_ids:
+            self.finish_reason = "stop"
+            return ""
+        self.tokens += 1
+        text = self._scanner.push(self._decoder.push(token))
+        if self._scanner.stopped:
+            self.finish_reason = "stop"
+        elif self.tokens >= self.max_tokens:
+            self.finish_reason = "length"
+        return text
+
+    def finish(self) -> str:
+        """Text that was held back: half a character, or what might have become a stop text."""
+        if self._scanner.stopped:
+            return ""
+        text = self._scanner.push(self._decoder.flush())
+        if self._scanner.stopped:
+            self.finish_reason = "stop"
+        return text + self._scanner.flush()
+
+
+def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) -> list[list[int]]:
+    """Rows grouped by like prompt length, at most :data:`MAX_BATCH` together.
+
+    ``sizes``: row to ``(prompt tokens, new tokens at most)``. Rows share a batch only where the longest prompt and the
+    longest answer fit in the context together, so that no row's answer is cut because of its neighbours.
+    """
+    batches: list[list[int]] = []
+    answer_tokens = 0
+    for row in sorted(sizes, key=lambda row: sizes[row]):
+        prompt_tokens, new_tokens = sizes[row]
+        together = max(answer_tokens, new_tokens)
+        if not batches or len(batches[-1]) == MAX_BATCH or prompt_tokens + together > context_tokens:
+            batches.append([])
+            together = new_tokens
+        batches[-1].append(row)
+        answer_tokens = together
+    return batches
+
+
+def log_likelihood(logits: NDArray[Any], ids: NDArray[np.int64]) -> float:
+    """Sum over rows of ``log softmax(logits)[row, ids[row]]`` in nats; ``logits``: ``[rows, vocabulary]``."""
+    total = 0.0
+    for row, token in zip(logits, ids, strict=True):  # row by row: a float64 copy of all would double the memory
+        exact = row.astype(np.float64)
+        peak = exact.max()
+        total += float(exact[token] - peak - np.log(np.exp(exact - peak).sum()))
+    return total
+
+
+def _stream(generator: Any, answer: _Answer) -> Iterator[Delta]:
+    while not answer.finish_reason and not generator.is_done():
+        generator.generate_next_token()
+        text = answer.push(int(generator.get_next_tokens()[0]))
+        if text:
+            yield Delta(text)
+    rest = answer.finish()
+    yield Delta(rest, answer.finish_reason or "length", answer.prompt_tokens, answer.tokens)
+
+
+def _ids(value: int | list[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    remedy = "Fetch the bundle anew, or run again."
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CorruptArtifactError(f"{path} is missing.", remedy=remedy) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptArtifactError(f"{path} is damaged: {error}.", remedy=remedy) from None
+    if not isinstance(config.get("model", {}).get("context_length"), int):
+        raise CorruptArtifactError(f"{path} does not say the model's context_length.", remedy=remedy)
+    return config
+
+
+def _open_model(folder: Path, threads: int | None) -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
+    import onnxruntime_genai
+
+    onnxruntime_genai.disable_telemetry_events()
+    try:
+        config = onnxruntime_genai.Config(str(folder))
+        if threads:
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        return onnxruntime_genai.Model(config)
+    except RuntimeError as error:
+        raise CorruptArtifactError(
+            f"{folder} cannot be loaded: {error}", remedy="Fetch the bundle anew, or run again."
+        ) from error

@@ -1,0 +1,175 @@
+"""Real model folders, small enough to be made in a test: a bag-of-tokens classifier and a two-layer Llama."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+LABELS = ("card_lost", "refund", "wann kommt sie?", "top_up", "fee", "balance")
+WORDS = [
+    "my card is lost and I want a refund for the fee",
+    "hello world how are you today where is my top up",
+    "what is the balance of my account please tell me now",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level BPE of 300 tokens: any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS, trainer)
+    return tokenizer
+
+
+class BagOfTokens:
+    """The reference in plain numpy: mean of the tokens' vectors, times a matrix."""
+
+    def __init__(self, vocabulary: int, width: int, labels: int) -> None:
+        random = np.random.default_rng(7)
+        self.embeddings = random.normal(size=(vocabulary, width)).astype(np.float32)
+        self.head = random.normal(size=(width, labels)).astype(np.float32)
+
+    def probabilities(self, ids: list[int]) -> np.ndarray:
+        logits = self.embeddings[ids].astype(np.float64).mean(axis=0) @ self.head.astype(np.float64)
+        exact = np.exp(logits - logits.max())
+        return exact / exact.sum()
+
+
+def write_tiny_classifier(folder: Path, *, max_tokens: int = 32, **description: Any) -> BagOfTokens:
+    """Write a model folder for ``onnx`` in the form ``classifier``; its reference."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reference = BagOfTokens(tokenizer.get_vocab_size(), 16, len(LABELS))
+    nodes = [
+        helper.make_node("Gather", ["embeddings", "input_ids"], ["vectors"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["mask3"]),
+        helper.make_node("Mul", ["vectors", "mask3"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "tokens"], ["sum"], keepdims=0),
+        helper.make_node("ReduceSum", ["mask3", "tokens"], ["count"], keepdims=0),
+        helper.make_node("Div", ["sum", "count"], ["mean"]),
+        helper.make_node("MatMul", ["mean", "head"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "bag-of-tokens",
+        [
+            helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"])
+            for name in ("input_ids", "attention_mask")
+        ],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(LABELS)])],
+        [
+            numpy_helper.from_array(reference.embeddings, "embeddings"),
+            numpy_helper.from_array(reference.head, "head"),
+            numpy_helper.from_array(np.array([-1]), "last"),
+            numpy_helper.from_array(np.array([1]), "tokens"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    about = {
+        "runtime": "onnx",
+        "form": "classifier",
+        "precision": "fp32",
+        "parameters": int(reference.embeddings.size + reference.head.size),
+        "labels": list(LABELS),
+        "max_tokens": max_tokens,
+        "task": "classification",
+        "name": "tiny-intents",
+        "system": None,
+        "pad_token_id": 0,
+    }
+    (folder / "slmops.json").write_text(json.dumps({**about, **description}), "utf-8")
+    return reference
+
+
+def write_tiny_llama(folder: Path, *, context_tokens: int = 512) -> Any:
+    """Write random weights and a tokenizer in the layout of transformers; the model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",  # as SmolLM2 has it: padding that also stands inside every prompt
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=context_tokens,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            tie_word_embeddings=True,
+            initializer_range=0.3,  # wide: greedy choices are far apart, so rounding cannot turn them
+        )
+    ).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def write_tiny_generator(
+    folder: Path, checkpoint: Path, *, precision: str = "fp32", options: Sequence[str] = (), **description: Any
+) -> None:
+    """Export a checkpoint to a model folder for ``onnx-genai``, by the engine's own builder."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    level = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            where = ("", str(checkpoint), str(folder), precision, "cpu", cache)
+            create_model(*where, **parse_extra_options(*where, ["hf_token=false", *options]))
+    finally:
+        logging.disable(level)
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    about = {
+        "runtime": "onnx-genai",
+        "form": "generator",
+        "precision": precision,
+        "parameters": 100_000,
+        "labels": None,
+        "max_tokens": config["max_position_embeddings"],
+        "task": "conversation",
+        "name": "tiny-chat",
+        "system": None,
+    }
+    (folder / "slmops.json").write_text(json.dumps({**about, **description}), "utf-8")
