@@ -134,6 +134,8 @@ class StorageError(ArtifactError):
             122: "Free some space or choose another --store.",  # EDQUOT
             30: "Choose a writable --store.",  # EROFS
             13: "Choose a writable --store, or change its permissions.",  # EACCES
+            17: "Choose a directory for --store.",  # EEXIST: a file is in the way
+            20: "Choose a directory for --store.",  # ENOTDIR
         }
         return cls(f"Could not {doing} {path}: {error.strerror or error}.", remedy=remedies.get(error.errno or 0))
 

@@ -13,14 +13,15 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from slmops.artifacts.manifest import MANIFEST_NAME, Manifest
-from slmops.errors import ArtifactError, CorruptArtifactError, StorageError
+from slmops.artifacts.plain import plain_json
+from slmops.errors import ArtifactError, CorruptArtifactError, SlmopsError, StorageError
 from slmops.trust import digest_tree, tree_digest
 
 MANIFEST_ONLY = frozenset({MANIFEST_NAME})
@@ -87,12 +88,14 @@ class Draft:
 
     ``path``     a temporary directory: put the files here
     ``work``     a directory that outlives a killed run of the same key: checkpoints and journals go here
-    ``metrics``  plain JSON that goes into the manifest
+    ``metrics``  JSON that goes into the manifest; what is not finite is written as null
+    ``extra``    further fields of the manifest, beside those that it knows
     """
 
     path: Path
     work: Path
     metrics: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -122,6 +125,8 @@ def drafting(
         work_directory.mkdir(parents=True, exist_ok=True)
         draft = Draft(temporary, work_directory)
         yield draft
+        if (temporary / MANIFEST_NAME).exists():
+            raise ValueError(f"{MANIFEST_NAME} at the top of an artifact is written by drafting() alone")
         files = digest_tree(temporary)
         manifest = Manifest(
             kind=kind,
@@ -129,29 +134,61 @@ def drafting(
             key=key,
             files=files,
             inputs=dict(inputs or {}),
-            config=dict(config or {}),
-            metrics=draft.metrics,
+            config=plain_json(config or {}, "config", non_finite="refuse"),
+            metrics=plain_json(draft.metrics, "metrics"),
             code_version=code_version,
             environment={"python": platform.python_version(), "machine": platform.machine()},
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            extra=plain_json(draft.extra, "extra"),
         )
         text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         (temporary / MANIFEST_NAME).write_text(text + "\n", "utf-8")
         sync_tree(temporary)
         _rename_into_place(temporary, destination, manifest)
         sync_directory(destination.parent)
+    except SlmopsError:
+        raise
     except OSError as error:
-        if is_storage_trouble(error):
+        if is_storage_trouble(error, within=(temporary, work_directory, destination.parent)):
             raise StorageError.from_os_error(error, f"write the {kind} to", destination) from error
+        raise
+    except Exception as error:
+        if _says_disk_full(error, destination.parent):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise StorageError.from_os_error(full, f"write the {kind} to", destination) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(work_directory, ignore_errors=True)
 
 
-def is_storage_trouble(error: OSError) -> bool:
-    """Whether the disk, not the program, is at fault."""
-    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_ACCESS_TROUBLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO})
+_NEARLY_FULL_BYTES = 64 << 10
+
+
+def is_storage_trouble(error: OSError, *, within: Collection[Path] = ()) -> bool:
+    """Whether the disk that is written to is at fault, and not the program or a file that was read.
+
+    With ``within``, refused access counts only where the error names no file, or one in, or on the way to, these.
+    """
+    if error.errno in _DISK_TROUBLE:
+        return True
+    if error.errno not in _ACCESS_TROUBLE:
+        return False
+    if not within or not isinstance(error.filename, str | os.PathLike):
+        return True
+    place = Path(os.fspath(error.filename)).absolute()
+    roots = [root.absolute() for root in within]
+    return any(place.is_relative_to(root) or root.is_relative_to(place) for root in roots)
+
+
+def _says_disk_full(error: Exception, place: Path) -> bool:
+    """Native writers (safetensors, torch, SQLite) report a full disk as errors of their own."""
+    text = str(error)
+    if "No space left on device" in text or "os error 28" in text or "disk is full" in text:
+        return True
+    return place.is_dir() and shutil.disk_usage(place).free < _NEARLY_FULL_BYTES
 
 
 def sync_tree(root: Path) -> None:
@@ -180,10 +217,17 @@ def _rename_into_place(temporary: Path, destination: Path, manifest: Manifest) -
     try:
         temporary.rename(destination)
     except OSError as error:
-        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
             raise
         # Somebody else finished the same work first. Theirs is as good as ours if the key says so.
-        if Manifest.read(destination).key != manifest.key or not manifest.key:
+        if not manifest.key or _key_at(destination) != manifest.key:
             raise ArtifactError(
                 f"{destination} exists already.", remedy="Choose another place, or delete it."
             ) from None
+
+
+def _key_at(directory: Path) -> str | None:
+    try:
+        return Manifest.read(directory).key
+    except (ArtifactError, NotADirectoryError):
+        return None
