@@ -1,0 +1,194 @@
+"""The measured process: ``python -m slmops.evaluate.probe REQUEST.json``.
+
+It opens one model and then does what its parent (:mod:`slmops.evaluate.measure`) says, one JSON object a line on
+standard input, answered by one JSON object a line on standard output:
+
+    (opened)                              -> {"load_s", "memory_bytes_loaded", "memory_bytes_peak", "threads"}
+    {"do": "warm", "first", "count"}      -> {}
+    {"do": "latency", "first", "step", "limit_s"}
+                                          -> {"latency_ms": [...], "ttft_ms": [...], "tokens", "memory_bytes_peak"}
+    {"do": "throughput", "batch", "limit_s"}
+                                          -> {"answers", "tokens", "wall_s", "memory_bytes_peak"}
+
+The end of standard input ends it. A model that cannot be opened is answered with ``{"error", "remedy"}``.
+
+Nothing is imported here but the runtime and what it needs, so that the peak of the process is the model's true cost,
+Python included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from slmops.artifacts import Message
+from slmops.errors import SlmopsError
+from slmops.runtime import Classifier, GenerationRequest, Generator
+
+LEAST_LATENCY_REQUESTS = 3  # a turn answers so many whatever its time limit, or it has no median
+
+
+def memory_bytes(field: str) -> int:
+    """A field of this process's memory in bytes: ``VmHWM`` (peak resident), ``RssAnon`` (resident, not file-backed).
+
+    Where there is no ``/proc``, the peak resident size stands in for both.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - pathlib costs memory, little but ours
+            for line in status:
+                if line.startswith(field + ":"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ClassifierTurns:
+    """What a classifier does in its turn. ``requests`` are texts."""
+
+    def __init__(self, model: Classifier, requests: list[str]) -> None:
+        self.model = model
+        self.requests = requests
+
+    def one(self, index: int) -> tuple[float | None, int]:
+        self.model.probabilities([self.requests[index % len(self.requests)]])
+        return None, 0
+
+    def many(self, first: int, count: int) -> int:
+        self.model.probabilities([self.requests[(first + i) % len(self.requests)] for i in range(count)])
+        return 0
+
+
+class GeneratorTurns:
+    """What a generator does in its turn. Answers are streamed for latency and batched for throughput."""
+
+    def __init__(self, model: Generator, requests: list[GenerationRequest]) -> None:
+        self.model = model
+        self.requests = requests
+
+    def one(self, index: int) -> tuple[float | None, int]:
+        """Seconds to the first text, and tokens of the whole answer."""
+        started, first_s, tokens = time.perf_counter(), None, 0
+        for delta in self.model.stream(self.requests[index % len(self.requests)]):
+            if first_s is None and delta.text:
+                first_s = time.perf_counter() - started
+            tokens = delta.completion_tokens or tokens
+        return first_s, tokens
+
+    def many(self, first: int, count: int) -> int:
+        batch = [self.requests[(first + i) % len(self.requests)] for i in range(count)]
+        return sum(answer.completion_tokens for answer in self.model.generate(batch))
+
+
+Turns = ClassifierTurns | GeneratorTurns
+
+
+def take_turn(turns: Turns, order: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one order of the parent."""
+    match order["do"]:
+        case "warm":
+            for index in range(order["first"], order["first"] + order["count"]):
+                turns.one(index)
+            return {}
+        case "latency":
+            return _latency(turns, order["first"], order["step"], order["limit_s"])
+        case "throughput":
+            return _throughput(turns, order["batch"], order["limit_s"])
+        case unknown:
+            raise ValueError(f"no such order: {unknown}")
+
+
+def _latency(turns: Turns, first: int, step: int, limit_s: float | None) -> dict[str, Any]:
+    latency_ms: list[float] = []
+    ttft_ms: list[float] = []
+    tokens, begun = 0, time.perf_counter()
+    for index in range(first, len(turns.requests), step):
+        over = limit_s is not None and time.perf_counter() - begun > limit_s
+        if over and len(latency_ms) >= LEAST_LATENCY_REQUESTS:
+            break
+        started = time.perf_counter()
+        first_s, answer_tokens = turns.one(index)
+        latency_ms.append((time.perf_counter() - started) * 1e3)
+        tokens += answer_tokens
+        if first_s is not None:
+            ttft_ms.append(first_s * 1e3)
+    peak = memory_bytes("VmHWM")
+    return {"latency_ms": latency_ms, "ttft_ms": ttft_ms, "tokens": tokens, "memory_bytes_peak": peak}
+
+
+def _throughput(turns: Turns, batch: int, limit_s: float) -> dict[str, Any]:
+    """Whole batches, one after another, until ``limit_s`` is over; at least one."""
+    answers = tokens = 0
+    started = time.perf_counter()
+    while not answers or time.perf_counter() - started < limit_s:
+        tokens += turns.many(answers, batch)
+        answers += batch
+    wall_s = time.perf_counter() - started
+    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": memory_bytes("VmHWM")}
+
+
+def read_request(raw: dict[str, Any]) -> GenerationRequest:
+    return GenerationRequest(
+        messages=tuple(Message(m["role"], m["content"]) for m in raw["messages"]),
+        max_tokens=raw["max_tokens"],
+        temperature=raw["temperature"],
+        top_p=raw["top_p"],
+        seed=raw["seed"],
+        stop=tuple(raw["stop"]),
+    )
+
+
+def open_turns(job: dict[str, Any]) -> Turns:
+    """Open the model that the job names, with the package's own runtimes."""
+    from slmops import runtime
+
+    if job["form"] == "classifier":
+        return ClassifierTurns(runtime.open_classifier(job["path"], threads=job["threads"]), job["requests"])
+    model = runtime.open_generator(job["path"], threads=job["threads"])
+    return GeneratorTurns(model, [read_request(raw) for raw in job["requests"]])
+
+
+def run(job: dict[str, Any], orders: Iterator[str], answer: IO[str], opener: Callable[[dict[str, Any]], Turns]) -> None:
+    """Open the model, then answer orders until they end."""
+
+    def say(value: dict[str, Any]) -> None:
+        answer.write(json.dumps(value) + "\n")
+        answer.flush()
+
+    started = time.perf_counter()
+    try:
+        turns = opener(job)
+    except SlmopsError as error:
+        say({"error": error.message, "remedy": error.remedy})
+        return
+    say(
+        {
+            "load_s": time.perf_counter() - started,
+            "memory_bytes_loaded": memory_bytes("RssAnon"),
+            "memory_bytes_peak": memory_bytes("VmHWM"),
+            "threads": job["threads"],
+        }
+    )
+    for line in orders:
+        say(take_turn(turns, json.loads(line)))
+    turns.model.close()
+
+
+def main(arguments: list[str], opener: Callable[[dict[str, Any]], Turns] = open_turns) -> None:
+    with open(arguments[0], encoding="utf-8") as file:  # noqa: PTH123 - as above
+        job = json.load(file)
+    # Libraries print to standard output; the protocol moves to a descriptor of its own and they go to standard error.
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    run(job, iter(sys.stdin), protocol, opener)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
