@@ -7,12 +7,14 @@ Verbs import their libraries inside the command, so that ``slmops --help`` answe
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 import typer
 
 from slmops import __version__
+from slmops.cli.doctor import doctor
+from slmops.cli.telemetry import silence_telemetry
+from slmops.cli.trace import trace
 from slmops.errors import SlmopsError
 
 app = typer.Typer(
@@ -46,21 +48,13 @@ def _root(
     )
 
 
-def _silence_telemetry() -> None:
-    """Libraries below us must not phone home; each is told so before it is imported."""
-    for name, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "OLIVE_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
+app.command()(doctor)
+app.command()(trace)
 
 
 def main() -> None:
     """Entry point of the ``slmops`` command."""
-    _silence_telemetry()
+    silence_telemetry()
     try:
         app()
     except SlmopsError as error:
