@@ -52,7 +52,7 @@ class DataConfig(Section):
     encoding: Encoding = "utf-8"
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="use so many rows, drawn evenly with the seed")
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        0.9, description="Jaccard similarity of word shingles from which two rows count as one; null: exact only"
+        0.9, description="Jaccard similarity of character 5-grams from which two rows count as one; null: exact only"
     )
     max_row_bytes: Annotated[int, Field(gt=0)] = 1_000_000
     split: SplitConfig = SplitConfig()

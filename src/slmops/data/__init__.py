@@ -1,1 +1,10 @@
-""""""
+"""Files to a data set: read, check, clean, de-duplicate, split.
+
+:func:`prepare` fills a draft of a :class:`~slmops.artifacts.Dataset`; :func:`source_digests` and :func:`stage_config`
+are what its key depends on.
+"""
+
+from slmops.data.prepare import prepare, source_digests, stage_config
+from slmops.data.sources import FetchHub
+
+__all__ = ["FetchHub", "prepare", "source_digests", "stage_config"]
