@@ -1,1 +1,27 @@
-""""""
+"""Stage 1 of distillation: a teacher answers the training prompts; good answers become the student's data set.
+
+The client library of a remote teacher is imported when the first request is sent, not before.
+"""
+
+from slmops.distill.ask import ask_teacher
+from slmops.distill.checks import Verdict, check_answer
+from slmops.distill.distribution import keep_distribution
+from slmops.distill.engine import OpenAITeacher
+from slmops.distill.privacy import check_remote_allowed, leaves_machine
+from slmops.distill.prompts import student_messages, teacher_messages
+from slmops.distill.teachers import LocalTeacher, TeacherFailure, TextTeacher
+
+__all__ = [
+    "LocalTeacher",
+    "OpenAITeacher",
+    "TeacherFailure",
+    "TextTeacher",
+    "Verdict",
+    "ask_teacher",
+    "check_answer",
+    "check_remote_allowed",
+    "keep_distribution",
+    "leaves_machine",
+    "student_messages",
+    "teacher_messages",
+]
