@@ -62,9 +62,7 @@ def test_another_kind_is_refused_and_an_unknown_kind_is_opened_plainly(tmp_path:
 
 def test_an_error_leaves_no_artifact_and_keeps_the_work(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mid-way"), drafting("dataset", tmp_path / "d") as draft:
-        (draft.path / "train.jsonl").write_text("half")
-        (draft.work / "journal").write_text("step 1")
-        raise RuntimeError("mid-way")
+        _fail(draft, RuntimeError("mid-way"))
     assert [path.name for path in tmp_path.iterdir()] == [".d.work"]
     with drafting("dataset", tmp_path / "d") as draft:
         assert (draft.work / "journal").read_text() == "step 1"
@@ -153,6 +151,7 @@ def test_plain_json_of_what_stages_hand_in() -> None:
 
 def _fail(draft: Draft, error: Exception) -> None:
     (draft.path / "half").write_bytes(b"half")
+    (draft.work / "journal").write_text("step 1")
     raise error
 
 

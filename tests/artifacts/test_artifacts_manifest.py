@@ -83,14 +83,19 @@ def test_one_flipped_bit_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
         "report", "d", "k", {"a": FileDigest(EMPTY, 0)}, metrics={"accuracy": 0.91}, extra={"name": "n"}
     )
     whole = json.dumps(manifest.to_json(), indent=1).encode()
+    messages: set[str] = set()
+    harmless = 0
     for position in range(len(whole)):
         (tmp_path / MANIFEST_NAME).write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         try:
             read = Manifest.read(tmp_path)
         except CorruptArtifactError as error:
-            assert "manifest.json" in error.message
+            messages.add(error.message.split(":")[0])
         else:  # the seal's own name was hit: the manifest is then an unsealed one, with an unknown field
             assert {**vars(read), "extra": {}} == {**vars(manifest), "extra": {}}
+            harmless += 1
+    assert all("manifest.json" in message for message in messages)
+    assert harmless <= len("seal")
 
 
 def test_no_manifest_is_no_artifact(tmp_path: Path) -> None:
