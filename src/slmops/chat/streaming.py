@@ -1,7 +1,11 @@
 """Token ids to text, piece by piece.
 
 Guarantees: the pieces of :meth:`StreamDecoder.push` and the last one of :meth:`StreamDecoder.flush`, put together, are
-what decoding all ids at once gives; no piece ends within a character. Each step decodes a few tokens, not the answer.
+what decoding all ids at once gives, wherever the ids make text; no piece ends within a character. Each step decodes a
+few tokens, not the answer.
+
+Where bytes are no text, the two may differ in how many replacement characters they show: a decoder of SentencePiece's
+kind gives up a whole run of bytes for one bad byte at its end, and its beginning has been shown by then.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ class StreamDecoder:
     def _advance(self, text: str) -> str:
         # The window starts with tokens already shown, because decoders treat a first token otherwise: those of
         # SentencePiece's kind drop its leading space.
-        piece = text[len(self._decode(self._window[: self._shown])) :]
+        shown = self._decode(self._window[: self._shown])
+        piece = text[len(shown) :] if text.startswith(shown) else self._decode(self._window[self._shown :])
         if piece:
             del self._window[: self._shown]
         self._shown = len(self._window)
