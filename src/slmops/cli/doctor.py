@@ -138,7 +138,8 @@ def check_store(store: Path) -> Check:
 
 def check_flags(flags: tuple[str, ...] | None) -> Check:
     if flags is None:
-        return Check("cpu", "warn", f"{platform.machine()}, the system does not tell its instructions")
+        detail = f"{platform.machine()}, the system does not tell its instructions"
+        return Check("cpu", "warn", detail, "Measure before you rely on its speed: slmops bench")
     detail = f"{platform.machine()}: {', '.join(flags) or 'none of ' + ', '.join(FAST_FLAGS)}"
     if not {"avx2", "neon"} & set(flags):
         return Check("cpu", "warn", detail, "Models run, but slowly: kernels are made for avx2 or neon.")

@@ -72,8 +72,9 @@ class Index:
         engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), poolclass=NullPool)
         event.listen(engine, "connect", _configure_sqlite)
         index = cls(engine)
-        index._check_sqlite()
+        index._check_pages()
         index._migrate()
+        index._check_tables()
         return index
 
     @classmethod
@@ -198,13 +199,19 @@ class Index:
     def _place(self) -> str:
         return self._engine.url.render_as_string(hide_password=True)
 
-    def _check_sqlite(self) -> None:
+    def _check_pages(self) -> None:
         with self._engine.connect() as connection:
             verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
         if verdict != "ok":
             damage = sqlite3.DatabaseError(str(verdict))
             damage.sqlite_errorname = "SQLITE_CORRUPT"
             raise DatabaseError("PRAGMA quick_check", None, damage)
+
+    def _check_tables(self) -> None:
+        """Touch every table, so that a lost one is noticed now, when the index can still be built anew."""
+        with self._engine.connect() as connection:
+            for table in metadata.sorted_tables:
+                connection.execute(sa.select(table).limit(0))
 
     def _migrate(self) -> None:
         with self._engine.begin() as connection:
