@@ -179,7 +179,7 @@ def _paired(a: Scores, b: Scores, seed: int) -> PairedTest | None:
 
 
 def _beyond(test: PairedTest) -> str:
-    return f"a difference {'beyond' if test.significant else 'within'} noise ({p_in_words(test.p_value)})"
+    return f"a difference {'beyond' if test.significant else 'within'} noise, {p_in_words(test.p_value)}"
 
 
 def _percent(share: float) -> str:

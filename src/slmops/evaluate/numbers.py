@@ -33,9 +33,11 @@ _NUMBER = re.compile(
 _MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d./])")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _LATEX = re.compile(r"\\[a-zA-Z]+")
+_OPERATION = re.compile(r"\\(?:times|cdot|div|approx|[rR]ightarrow|therefore|implies|quad|left|right)(?![a-zA-Z])")
 _PLAIN_LATEX = (  # LaTeX that needs no parser
     (re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r" \1/\2 "),
+    (re.compile(r"(?<=\d)\s*(?=\\[dt]?frac)"), " "),  # as in 1\frac{1}{2}
+    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2 "),
     (re.compile(r"\\([$%#&_])"), r"\1"),
     (re.compile(r"\\[,;:! ]"), ""),
 )
@@ -100,7 +102,7 @@ def _answer_region(text: str) -> str:
         mathematics = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", lines[-1])
         if mathematics:
             return str(next(part for part in mathematics[-1] if part))
-        return _LATEX.sub(" ", lines[-1])
+        return _OPERATION.sub(" ", lines[-1]).rpartition("=")[2]
     return lines[-1] if lines else ""
 
 
