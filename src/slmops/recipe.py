@@ -120,7 +120,7 @@ class TrainConfig(Section):
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Annotated[int, Field(gt=0)] = 64
+    batch_size: Annotated[int, Field(gt=0)] | None = Field(None, description="rows a step; null: chosen by the task")
     max_tokens: Annotated[int, Field(gt=0)] = Field(512, description="longer rows are cut, and counted")
     patience: Annotated[int, Field(gt=0)] | None = Field(
         None, description="evaluations without improvement before training stops; null: chosen by the task"

@@ -33,6 +33,7 @@ from slmops.train.vocabulary import TrimmedVocabulary, trim_vocabulary
 
 TEACHER_LEARNING_RATE = 1e-4
 HEAD_LEARNING_RATE = 2e-3
+BATCH_SIZE = 64
 STUDENT_LEARNING_RATE = 1e-3
 STUDENT_SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
 STUDENT_STEPS_AT_LEAST = 1500
@@ -42,7 +43,7 @@ STUDENT_DROPOUT = 0.1
 VALIDATION_BATCH = 128
 
 
-def adapt_teacher(
+def adapt_classifier(
     model_folder: Path,
     dataset: Dataset,
     config: TeacherConfig,
@@ -64,7 +65,8 @@ def adapt_teacher(
     labels = _labels(dataset)
     tokenizer = _closing_tokenizer(model_folder)
     classifier = classifier_from_language_model(model_folder, labels)
-    lower, upper = split_at(classifier, round(config.frozen_share * classifier.backbone.config.num_hidden_layers))  # type: ignore[union-attr, operator]
+    layers: int = cast(Any, classifier.backbone).config.num_hidden_layers
+    lower, upper = split_at(classifier, round(config.frozen_share * layers))
     rows = {split: list(dataset.rows(split)) for split in ("train", "validation")}
     tokens = {split: encode_texts(tokenizer, [row.text for row in rows[split]], train.max_tokens) for split in rows}
     precision = "bf16" if train.precision == "auto" else train.precision
@@ -72,7 +74,8 @@ def adapt_teacher(
     objective = _StateObjective(
         states["train"], _targets(rows["train"], labels), states["validation"], _targets(rows["validation"], labels)
     )
-    steps = steps_for(len(rows["train"]), train.batch_size, config.adapt_epochs)
+    batch_size = train.batch_size or BATCH_SIZE
+    steps = steps_for(len(rows["train"]), batch_size, config.adapt_epochs)
     head = list(upper.head.parameters())
     body = [p for p in upper.backbone.parameters() if p.requires_grad]
     history = fit(
@@ -84,8 +87,8 @@ def adapt_teacher(
         ],
         LoopConfig(
             steps=steps,
-            batch_size=train.batch_size,
-            validate_every_steps=max(1, steps_for(len(rows["train"]), train.batch_size, 1)),
+            batch_size=batch_size,
+            validate_every_steps=steps_for(len(rows["train"]), batch_size, 1),
             warmup_share=0.1,
             precision=train.precision,
             seed=seed,
@@ -98,7 +101,7 @@ def adapt_teacher(
     _save(classifier, tokenizer, model_folder, history, draft)
 
 
-def train_student(
+def train_classifier_student(
     dataset: Dataset,
     teacher_folder: Path,
     student: StudentConfig,
@@ -108,6 +111,7 @@ def train_student(
     draft: Draft,
     *,
     named_model: Path | None = None,
+    task: str = "student",
     progress: ProgressSink = ignore,
 ) -> None:
     """Train a small classifier on the teacher's distribution and the gold labels; on gold alone without ``distill``.
@@ -159,14 +163,14 @@ def train_student(
         parameter_groups(list(classifier.parameters()), rate, 0.05),
         LoopConfig(
             steps=steps,
-            batch_size=train.batch_size,
+            batch_size=train.batch_size or BATCH_SIZE,
             validate_every_steps=max(1, min(train.checkpoint_every_steps, steps)),
             patience=train.patience,
             precision=train.precision,
             seed=seed,
         ),
         draft.work,
-        task="teach student" if distill else "train untaught student",
+        task=task,
         progress=progress,
     )
     _save(classifier, tokenizer, source, history, draft)
@@ -352,11 +356,12 @@ def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConf
 
 
 def _student_steps(rows: int, train: TrainConfig, *, fresh: bool) -> int:
+    batch_size = train.batch_size or BATCH_SIZE
     if train.epochs is not None:
-        return steps_for(rows, train.batch_size, train.epochs)
+        return steps_for(rows, batch_size, train.epochs)
     if not fresh:
-        return steps_for(rows, train.batch_size, 3)
-    return max(STUDENT_STEPS_AT_LEAST, steps_for(rows, train.batch_size, STUDENT_EPOCHS))
+        return steps_for(rows, batch_size, 3)
+    return max(STUDENT_STEPS_AT_LEAST, steps_for(rows, batch_size, STUDENT_EPOCHS))
 
 
 def _save(

@@ -193,8 +193,7 @@ class _SlmTrainer(Trainer):  # type: ignore[misc]
         self.model.train()
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
-        control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control = control
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

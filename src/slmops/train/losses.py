@@ -24,8 +24,8 @@ def softened_divergence(student_logits: Tensor, teacher_log_probabilities: Tenso
 def gold_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy over rows with a gold label, divided by all rows of the batch.
 
-    ``logits`` ``[rows, classes]``, ``labels`` int64 ``[rows]`` with :data:`IGNORED_LABEL` for none. Dividing by all rows
-    keeps the weight of a gold row the same, however many rows without gold share its batch.
+    ``logits`` ``[rows, classes]``, ``labels`` int64 ``[rows]`` with :data:`IGNORED_LABEL` for none. Dividing by all
+    rows keeps the weight of a gold row the same, however many rows without gold share its batch.
     """
     summed = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     return summed / max(1, labels.numel())

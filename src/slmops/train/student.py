@@ -2,9 +2,9 @@
 
 Two ways, by what the student is for:
 
-* :func:`narrow_encoder`: a small bidirectional encoder for closed label sets. Its embeddings are the teacher's, projected
-  onto the principal components of the kept tokens; its layers start fresh, since a layer learned at one width says
-  little at another.
+* :func:`narrow_encoder`: a small bidirectional encoder for closed label sets. Its embeddings are the teacher's,
+  projected onto the principal components of the kept tokens; its layers start fresh, since a layer learned at one
+  width says little at another.
 * :func:`shallow_copy`: a language model with some of the teacher's layers, copied whole, for open tasks.
 """
 

@@ -11,7 +11,9 @@ it falls back to shorter pieces. How often that happens is for the caller to mea
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from slmops.errors import ModelError
 
 @dataclass(frozen=True)
 class TrimmedVocabulary:
-    """``tokenizer``: the smaller one. ``kept_ids``: old id of each new id, so ``embedding[kept_ids]`` is the new one."""
+    """``tokenizer``: the smaller one. ``kept_ids``: the old id of each new id; ``embedding[kept_ids]`` goes with it."""
 
     tokenizer: Tokenizer
     kept_ids: tuple[int, ...]
@@ -89,9 +91,11 @@ def _in_alphabet(token: str) -> bool:
 def _applied_merges(
     tokenizer: Tokenizer, texts: Sequence[str], rank: dict[tuple[str, str], int]
 ) -> set[tuple[str, str]]:
+    special = sorted((token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True)
+    apart = re.compile("|".join(map(re.escape, special)) if special else r"(?!)")
     words: set[str] = set()
-    for text in texts:
-        normalized = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    for piece in {piece for text in texts for piece in apart.split(text) if piece}:
+        normalized = tokenizer.normalizer.normalize_str(piece) if tokenizer.normalizer else piece
         if tokenizer.pre_tokenizer is None:
             words.add(normalized)
         else:
@@ -106,7 +110,7 @@ def _merges_of(word: str, rank: dict[tuple[str, str], int]) -> set[tuple[str, st
     """The merges that byte-pair encoding applies to one word, lowest rank first."""
     pieces, applied = list(word), set()
     while len(pieces) > 1:
-        best = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: rank.get(pair, len(rank)))
+        best = min(itertools.pairwise(pieces), key=lambda pair: rank.get(pair, len(rank)))
         if best not in rank:
             break
         applied.add(best)
