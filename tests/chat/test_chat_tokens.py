@@ -283,6 +283,7 @@ def test_pieces_make_the_whole(folders: dict[str, Path]) -> None:
 
 
 def test_pieces_of_any_tokens_make_the_whole(folders: dict[str, Path]) -> None:
+    byte_fallback = {"phi3", "llama2", "gemma2", "gemma3"}  # show broken bytes in another way: see the module
     dice = random.Random(7)
     texts = 0
     for name, folder in folders.items():
@@ -292,7 +293,7 @@ def test_pieces_of_any_tokens_make_the_whole(folders: dict[str, Path]) -> None:
             decoder = chat.stream_decoder()
             streamed = "".join([decoder.push(token) for token in ids]) + decoder.flush()
             whole = chat.decode(ids)
-            if "\ufffd" not in whole or name in ("smollm2", "qwen3", "unigram"):  # byte level: whatever the bytes
+            if "\ufffd" not in whole or name not in byte_fallback:
                 texts += 1
                 assert streamed == whole, (name, ids)
     assert texts > 300
