@@ -54,10 +54,10 @@ def _local(
     """Check what is at ``path``, convert it if it is a GGUF, and describe it."""
     gguf = _gguf_at(path)
     if gguf is not None:
-        from slmops.models.gguf import checkpoint_of_gguf, gguf_license
+        from slmops.models.gguf import checkpoint_of_gguf
 
-        license_name = license_name or gguf_license(gguf)
-        path = checkpoint_of_gguf(gguf, root, progress=progress)
+        path, stated = checkpoint_of_gguf(gguf, root, progress=progress)
+        license_name = license_name or stated
     check_model_folder(path)
     digest = tree_digest(cached_digests(model_files(path), root))
     return LocalModel(path, source, revision, digest, license_name or card_license(path))

@@ -31,8 +31,10 @@ _LOADER_NOISE = ("is_local", "local_files_only")
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_of_gguf(gguf: Path, root: Path, *, progress: ProgressSink = ignore) -> Path:
-    """The converted folder of ``gguf`` under the cache ``root``; made at the first call, found at the next.
+def checkpoint_of_gguf(gguf: Path, root: Path, *, progress: ProgressSink = ignore) -> tuple[Path, str | None]:
+    """The converted folder of ``gguf`` under the cache ``root``, and the licence that the file states.
+
+    Made at the first call, found at the next.
 
     Raises:
         ModelError: not a GGUF file, cut short, or of an architecture that transformers cannot read.
@@ -48,13 +50,13 @@ def checkpoint_of_gguf(gguf: Path, root: Path, *, progress: ProgressSink = ignor
         if folder.is_dir() and (record := read_json(record_path)):
             changed = changed_file(folder, record["files"], root)
             if changed is None:
-                return folder
+                return folder, record["license"]
             logger.warning("%s has changed since it was written; it is converted again.", folder / changed)
         with staged(folder) as draft:
-            convert_gguf(gguf, draft, progress=progress)
+            license_name = convert_gguf(gguf, draft, progress=progress)
             files = {name: digest_file(path).sha256 for name, path in model_files(draft).items()}
-            write_json(record_path, {"gguf": str(gguf), "sha256": sha256, "files": files})
-    return folder
+            write_json(record_path, {"gguf": str(gguf), "sha256": sha256, "license": license_name, "files": files})
+    return folder, license_name
 
 
 def check_gguf(gguf: Path) -> None:
@@ -65,25 +67,25 @@ def check_gguf(gguf: Path) -> None:
         raise ModelError(f"{gguf} is not a GGUF file: it begins with {magic!r}.", remedy="Fetch the file again.")
 
 
-def gguf_license(gguf: Path) -> str | None:
-    """The licence that the file's own metadata states."""
+def convert_gguf(gguf: Path, destination: Path, *, progress: ProgressSink = ignore) -> str | None:
+    """Write the model in ``gguf`` to the directory ``destination`` as fp32 safetensors with its tokenizer.
+
+    Returns the licence that the file states. Raises as :func:`checkpoint_of_gguf` does.
+    """
     from gguf import GGUFReader
 
     try:
-        field = GGUFReader(gguf).fields.get("general.license")
-    except (ValueError, IndexError, KeyError):
-        return None
-    return str(field.contents()) if field is not None else None
-
-
-def convert_gguf(gguf: Path, destination: Path, *, progress: ProgressSink = ignore) -> None:
-    """Write the model in ``gguf`` to the directory ``destination`` as fp32 safetensors with its tokenizer."""
-    pre_tokenizer = _check_contents(gguf)
+        reader = GGUFReader(gguf)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"{gguf} is damaged or cut short: {_first_line(error)}.", remedy="Fetch the file again."
+        ) from error
+    _check_memory(gguf, sum(int(tensor.n_elements) for tensor in reader.tensors))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    with _quiet_transformers(gguf.stem, progress):
+    with _quiet_transformers(gguf.stem, progress), _read_once(gguf, reader):
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
@@ -93,7 +95,7 @@ def convert_gguf(gguf: Path, destination: Path, *, progress: ProgressSink = igno
                 remedy="Name the model it was made from (hf:OWNER/NAME or a folder with safetensors).",
             ) from error
         _forget_quantization(model)
-        _agree_on_tokens(model, tokenizer, pre_tokenizer)
+        _agree_on_tokens(model, tokenizer, _text_field(reader, "tokenizer.ggml.pre"))
         model.save_pretrained(destination)
         tokenizer.save_pretrained(destination)
     _drop_loader_noise(destination / "tokenizer_config.json")
@@ -105,29 +107,22 @@ def convert_gguf(gguf: Path, destination: Path, *, progress: ProgressSink = igno
         raise ConversionError(
             f"The conversion of {gguf.name} wrote no usable model: {error.message}", remedy=error.remedy
         ) from error
+    return _text_field(reader, "general.license")
 
 
-def _check_contents(gguf: Path) -> str | None:
-    """Refuse a damaged or too large file; return the name of its pre-tokenizer."""
-    from gguf import GGUFReader
+def _text_field(reader: Any, name: str) -> str | None:
+    field = reader.fields.get(name)
+    return str(field.contents()) if field is not None else None
 
-    try:
-        reader = GGUFReader(gguf)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ModelError(
-            f"{gguf} is damaged or cut short: {_first_line(error)}.", remedy="Fetch the file again."
-        ) from error
-    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    needed_bytes = parameters * _CONVERSION_BYTES
-    available_bytes = available_memory_bytes()
+
+def _check_memory(gguf: Path, parameters: int) -> None:
+    needed_bytes, available_bytes = parameters * _CONVERSION_BYTES, available_memory_bytes()
     if available_bytes is not None and needed_bytes > available_bytes:
         raise MemoryBudgetError(
             f"Converting {gguf.name} takes {parameters / 1e6:,.1f} M parameters × {_CONVERSION_BYTES} bytes = "
             f"{format_bytes(needed_bytes)}, and {format_bytes(available_bytes)} are free.",
             remedy="Use a smaller model, or free some memory.",
         )
-    field = reader.fields.get("tokenizer.ggml.pre")
-    return str(field.contents()) if field is not None else None
 
 
 def _forget_quantization(model: Any) -> None:
@@ -190,6 +185,23 @@ def _quiet_transformers(name: str, progress: ProgressSink) -> Iterator[None]:
             reader.tqdm = drawn
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _read_once(gguf: Path, reader: Any) -> Iterator[None]:
+    """Lend ``reader`` to transformers, which would parse the same file three times (seconds each: a vocabulary)."""
+    import gguf as library
+
+    original = library.GGUFReader
+
+    def lent(path: Any, *args: Any) -> Any:
+        return reader if Path(path) == gguf else original(path, *args)
+
+    library.GGUFReader = lent
+    try:
+        yield
+    finally:
+        library.GGUFReader = original
 
 
 def _first_line(error: BaseException) -> str:

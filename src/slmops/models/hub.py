@@ -58,6 +58,12 @@ def fetch_hub_model(
         StorageError: the disk would not take it.
     """
     folder = _snapshot(name, revision, "model", _MODEL_PATTERNS, _MODEL_EXCEPT, cache, offline, progress)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"The model {name} has no safetensors at the top of its repository (commit {folder.name[:12]}); pickled "
+            "weights and other formats are not fetched.",
+            remedy="Name a repository that has them; many models have a copy or a branch with safetensors.",
+        )
     return folder, folder.name
 
 
