@@ -12,9 +12,15 @@ import sys
 import typer
 
 from slmops import __version__
+from slmops.cli.chat import chat
+from slmops.cli.demo import demo
 from slmops.cli.doctor import doctor
+from slmops.cli.init import init
+from slmops.cli.run import run
+from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
 from slmops.cli.trace import trace
+from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
 app = typer.Typer(
@@ -48,8 +54,14 @@ def _root(
     )
 
 
+app.command()(init)
 app.command()(doctor)
+app.command()(verify)
+app.command()(serve)
+app.command()(chat)
 app.command()(trace)
+app.command()(run)
+app.command()(demo)
 
 
 def main() -> None:

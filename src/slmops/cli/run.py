@@ -1,0 +1,115 @@
+"""``slmops run``: a recipe, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from slmops.recipe import Recipe
+
+
+def run(
+    recipe: Path = typer.Argument(help="The recipe; write one with: slmops init"),
+    overrides: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Change one key of the recipe, for example --set data.train=my.csv"
+    ),
+    store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
+    out: Path | None = typer.Option(None, "--out", help="Where report and bundle go; default: runs/NAME in the store."),
+    offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
+    as_json: bool = typer.Option(False, "--json", help="Print report.json on standard output."),
+) -> None:
+    """Teach, compress, prove and pack a small model: everything that RECIPE asks for and is not done yet.
+
+    A run that was stopped goes on where it was. Exit code 0: done and all gates hold; 1: a gate failed (the report
+    says which), or the input cannot be used; 2: the recipe or the command line is wrong.
+    """
+    from slmops.recipe import load_recipe
+
+    raise typer.Exit(run_and_show(load_recipe(recipe, overrides), store, out, offline=offline, as_json=as_json))
+
+
+def run_and_show(recipe: Recipe, store: Path, out: Path | None, *, offline: bool, as_json: bool) -> int:
+    """Run ``recipe``, show the result, and give the exit code."""
+    from slmops.cli.render import print_json, progress_bars
+    from slmops.errors import MissingExtraError
+    from slmops.store import Store
+
+    try:
+        from slmops.pipeline import run_recipe
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"slmops run (it needs {error.name})", "train") from None
+    with Store.open(store) as opened, progress_bars() as progress:
+        result = run_recipe(recipe, opened, out=out, offline=offline, progress=progress)
+    if as_json:
+        print_json(result.report)
+    else:
+        show_report(result.report, result.folder, reused=result.reused)
+    return 0 if result.passed else 1
+
+
+def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> None:
+    """The short table: who, how good, how large, how fast; the verdict; where the rest is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"{report['name']}: {report['metric']} on {report['student']['score']['rows']} test rows")
+    for heading in ("", report["metric"], "95 % interval", "parameters", "size", "p50", "peak memory"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    teacher, student = report["teacher"], report["student"]
+    table.add_row(
+        *_model_row(f"teacher ({teacher['runtime']} {teacher['precision'] or ''})".replace(" )", ")"), teacher)
+    )
+    for variant in report["variants"]:
+        if variant["id"] not in {teacher["id"], student["id"]}:
+            table.add_row(*_model_row(variant["id"], variant), style="dim")
+    table.add_row(*_model_row(f"{student['id']} (in the bundle)", student), style="bold")
+    for name, baseline in report["baselines"].items():
+        table.add_row(*_model_row(f"baseline: {name}", baseline), style="dim")
+    console.print(table)
+    for gate in report["gates"]:
+        mark = "[green]✓[/]" if gate["passed"] else "[red]✗[/]"
+        sign = "≥" if gate["direction"] == "at_least" else "≤"
+        note = f"  [dim]{gate['note']}[/]" if gate["note"] else ""
+        console.print(f" {mark} {gate['name']}: {gate['value']:.4g} (limit {sign} {gate['limit']:.4g}){note}")
+    console.print(report["verdict"], markup=False)
+    if reused:
+        console.print("Everything was done before; nothing was done again.", style="dim")
+    console.print(f"report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+    console.print(f"bundle: {folder / 'bundle'}", markup=False, soft_wrap=True)
+
+
+def _model_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    low, high = entry["score"]["ci95"]
+    p50 = entry["latency_ms"]["p50"]
+    return [
+        name,
+        f"{entry['score']['value']:.3f}",
+        f"{low:.3f}–{high:.3f}",
+        count_in_words(entry.get("parameters")),
+        bytes_in_words(entry.get("size_bytes")),
+        "" if p50 is None else f"{p50:.2f} ms" if p50 < 100 else f"{p50:,.0f} ms",
+        bytes_in_words(entry.get("memory_bytes_peak")),
+    ]
+
+
+def bytes_in_words(size_bytes: float | None) -> str:
+    """Decimal units, as disks are labelled: ``2.1 MB``."""
+    if size_bytes is None:
+        return ""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return (
+                f"{size_bytes / scale:.3g} {unit}" if size_bytes / scale < 100 else f"{size_bytes / scale:.0f} {unit}"
+            )
+    return f"{size_bytes:.0f} B"
+
+
+def count_in_words(count: float | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,.0f}"
