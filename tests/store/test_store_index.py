@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,17 @@ def test_another_database_by_url(filled: Store, tmp_path: Path) -> None:
     with Store.open(filled.root, url=f"sqlite:///{tmp_path / 'elsewhere.db'}") as other:
         assert snapshot(other) == before
     assert (tmp_path / "elsewhere.db").exists()
+
+
+@pytest.mark.skipif("SLMOPS_TEST_DATABASE_URL" not in os.environ, reason="SLMOPS_TEST_DATABASE_URL names no server")
+def test_a_server_holds_the_index_as_well(filled: Store) -> None:
+    """For instance ``postgresql+psycopg://localhost/slmops_test``; its tables are emptied."""
+    before = snapshot(filled)
+    for _ in range(2):
+        with Store.open(filled.root, url=os.environ["SLMOPS_TEST_DATABASE_URL"]) as other:
+            assert snapshot(other) == before
+            other.rebuild_index()
+            assert snapshot(other) == before
 
 
 @pytest.mark.parametrize("url", ["nonsense", "cobol://host/db", "postgresql+nodriver://host/db"])
