@@ -7,12 +7,12 @@ ignored here and stay in the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts.kinds import MODEL_DESCRIPTION
+from slmops.artifacts import MODEL_DESCRIPTION, Message
 from slmops.errors import CorruptArtifactError, ModelNotFoundError
 
 FORMS = ("classifier", "generator")
@@ -85,6 +85,12 @@ class ModelDescription:
             name=str(raw.get("name") or ""),
             system=raw.get("system"),
         )
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages as the model was trained to see them: its own system message first, unless they bring one."""
+        if self.system and not any(message.role == "system" for message in messages):
+            return (Message("system", self.system), *messages)
+        return tuple(messages)
 
 
 def _problem(raw: Any) -> str | None:

@@ -223,12 +223,10 @@ class _Answer:
 
     def finish(self) -> str:
         """Text that was held back: half a character, or what might have become a stop text."""
-        if self._scanner.stopped:
-            return ""
-        text = self._scanner.push(self._decoder.flush())
+        text = self._scanner.push(self._decoder.flush()) + self._scanner.flush()
         if self._scanner.stopped:
             self.finish_reason = "stop"
-        return text + self._scanner.flush()
+        return text
 
 
 def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) -> list[list[int]]:

@@ -83,6 +83,10 @@ class OnnxClassifier:
             result[rows] = softmax(self._run(("logits",), {"input_ids": ids, "attention_mask": mask})[0])
         return result
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of ``text`` that are read, after the cut at ``max_tokens``."""
+        return len(self._encode(encodable(text, self._max_characters)).ids)
+
     def close(self) -> None:
         """Free the session. The classifier cannot be used afterwards."""
         self._run = _closed

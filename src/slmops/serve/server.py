@@ -1,0 +1,113 @@
+"""Run the application: bind first, load, say that it is ready, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from slmops.errors import ServeError
+
+DRAIN_S = 30
+"""Answers that are being written when SIGTERM comes may go on for so long."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening address, taken before the model is loaded. Port 0 lets the system choose.
+
+    Raises:
+        ServeError: the port is in use, not permitted, or the host is not one of this machine's.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ServeError(f"{host!r} is not a host: {error}.", remedy="Use --host 127.0.0.1.") from None
+    taken = socket.socket(family, kind)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind(address)
+    except OSError as error:
+        taken.close()
+        raise ServeError(
+            f"Cannot serve on {host}:{port}: {error.strerror}.", remedy=_REMEDIES.get(error.errno)
+        ) from None
+    return taken
+
+
+_REMEDIES: dict[int | None, str] = {
+    errno.EADDRINUSE: "Another program has this port: choose one with --port, or --port 0 for any free one.",
+    errno.EACCES: "Ports below 1024 need rights: choose one with --port.",
+    errno.EADDRNOTAVAIL: "This machine has no such address: use --host 127.0.0.1.",
+}
+
+
+def url_of(taken: socket.socket) -> str:
+    """The address as a person writes it."""
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(app: FastAPI, taken: socket.socket, *, on_ready: Callable[[str], None], drain_s: int = DRAIN_S) -> None:
+    """Serve until SIGTERM or SIGINT; then take no more callers, finish the answers at hand and return.
+
+    ``on_ready`` is called with the URL once requests are answered.
+    """
+    server = _Server(_config(app, drain_s), lambda: on_ready(url_of(taken)))
+    # uvicorn raises the signal again when it has drained. A server that was told to end has not failed.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[taken])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        taken.close()
+
+
+@contextmanager
+def background(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, drain_s: int = DRAIN_S) -> Iterator[str]:
+    """Serve in a thread of this process while the block runs; gives the URL. The way of :func:`run`, without signals.
+
+    Raises:
+        ServeError: the address cannot be had, or the server did not start.
+    """
+    taken = bind(host, port)
+    started = threading.Event()
+    server = _Server(_config(app, drain_s), started.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, name="serve", daemon=True)
+    thread.start()
+    try:
+        while not started.wait(0.02):
+            if not thread.is_alive():
+                raise ServeError("The server did not start.", remedy="Run slmops --verbose serve to see why.")
+        yield url_of(taken)
+    finally:
+        server.should_exit = True
+        thread.join()
+        taken.close()
+
+
+def _config(app: FastAPI, drain_s: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # paths and queries are the callers' business
+        server_header=False,
+        timeout_graceful_shutdown=drain_s,
+        lifespan="on",
+    )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
