@@ -30,6 +30,7 @@ from slmops.distill import (
     check_answer,
     check_remote_allowed,
     keep_distribution,
+    leaves_machine,
     student_messages,
     teacher_messages,
     vary_texts,
@@ -202,6 +203,11 @@ class _Run:
                 logit_tokens=64 if recipe.closed else None,
             )
 
+    @property
+    def _redact(self) -> Callable[[str], str] | None:
+        """What is applied to a text before it leaves this machine; None where none leaves."""
+        return redact if leaves_machine(self.recipe.teacher) else None
+
     # --- distill and train ------------------------------------------------------------------------------------
 
     @property
@@ -302,9 +308,10 @@ class _Run:
                     recipe.teacher,
                     asker,
                     draft,
-                    redact=redact,
+                    to_messages=self._student_messages if recipe.teacher.adapt and local is not None else None,
+                    redact=self._redact,
+                    journal_folder=self.store.root / "answers",
                     progress=self.progress,
-                    **({} if local is None else {"to_messages": self._student_messages}),
                 )
             finally:
                 if local is not None:
@@ -378,10 +385,16 @@ class _Run:
             f"{who}-torch",
             Variant,
             {"checkpoint": checkpoint},
-            {"name": recipe.name},
+            {"name": recipe.name, "max_tokens": recipe.train.max_tokens},
             ["slmops.compress"],
             lambda draft: torch_variant(
-                checkpoint.path, draft, form=self._form, task=recipe.task, name=recipe.name, system=self._system
+                checkpoint.path,
+                draft,
+                form=self._form,
+                task=recipe.task,
+                name=recipe.name,
+                max_tokens=recipe.train.max_tokens,
+                system=self._system,
             ),
         )
 
@@ -409,7 +422,7 @@ class _Run:
         )
 
     @property
-    def _form(self) -> str:
+    def _form(self) -> Literal["classifier", "generator"]:
         return "classifier" if self.recipe.closed else "generator"
 
     @property
@@ -468,10 +481,11 @@ class _Run:
         def build(draft: Draft) -> None:
             rows = self._test_rows(data)
             asker = OpenAITeacher(recipe.teacher, seed=recipe.seed)
+            hide = self._redact or str
             messages = [teacher_messages(recipe.task, data.labels, row, recipe.teacher.system) for row in rows]
             requests = [
                 GenerationRequest(
-                    tuple(Message(m.role, redact(m.content)) for m in conversation),
+                    tuple(Message(m.role, hide(m.content)) for m in conversation),
                     max_tokens=recipe.teacher.max_tokens,
                     temperature=0.0,
                 )
@@ -574,7 +588,7 @@ class _Run:
                 ]
             found = measure_interleaved(
                 {name: variant.model_path for name, variant in variants.items()},
-                form="classifier" if recipe.closed else "generator",
+                form=self._form,
                 requests=requests,
                 threads=recipe.evaluate.threads,
                 limit_s=30.0,

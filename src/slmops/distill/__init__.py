@@ -10,6 +10,7 @@ from slmops.distill.engine import OpenAITeacher
 from slmops.distill.privacy import check_remote_allowed, leaves_machine
 from slmops.distill.prompts import student_messages, teacher_messages
 from slmops.distill.teachers import LocalTeacher, TeacherFailure, TextTeacher
+from slmops.distill.transfer import vary_texts
 
 __all__ = [
     "LocalTeacher",
@@ -24,4 +25,5 @@ __all__ = [
     "leaves_machine",
     "student_messages",
     "teacher_messages",
+    "vary_texts",
 ]

@@ -45,6 +45,7 @@ ANSWER_WEIGHT = 0.9
 EARLY_LOOK_ANSWERS = 100
 
 Redact = Callable[[str], str]
+ToMessages = Callable[[Row], tuple[Message, ...]]
 _Outcomes = Generator[tuple[int, Generation | TeacherFailure], None, None]
 
 
@@ -65,6 +66,7 @@ def ask_teacher(
     ask: TextTeacher,
     draft: Draft,
     *,
+    to_messages: ToMessages | None = None,
     redact: Redact | None = None,
     journal_folder: Path | None = None,
     progress: ProgressSink = ignore,
@@ -76,6 +78,9 @@ def ask_teacher(
     ``teacher.jsonl``: every answer as it came. ``quarantine.jsonl``: what was there, and every rejected answer.
     ``summary.json``: what was there, and ``"teacher"``. For closed label sets ``teacher_<split>.npy``: float32
     ``[rows, labels]`` log-probabilities, :data:`ANSWER_WEIGHT` on the row's target.
+
+    ``to_messages`` gives what the teacher is shown; without it, :func:`~slmops.distill.prompts.teacher_messages`, which
+    tell it the form of the answer. A teacher that was adapted to the task is shown what it was adapted on.
 
     ``redact`` is applied to every message before it is sent (and not to the rows that are kept). It is required when
     the teacher is on another machine; pass the data stage's redaction. ``journal_folder`` keeps the answers beyond
@@ -100,7 +105,8 @@ def ask_teacher(
             f"The task is {task}, but the data set {dataset.path} has no labels.", remedy="Give rows with labels."
         )
     rows = [(split, row) for split in TAUGHT_SPLITS for row in dataset.rows(split)]
-    requests = [_request(task, labels, row, config, redact) for _, row in rows]
+    show = to_messages or (lambda row: teacher_messages(task, labels, row, config.system))
+    requests = [_request(show(row), config, redact) for _, row in rows]
     digests = [request_digest(ask.identity, request) for request in requests]
     with Journal((journal_folder or draft.work) / JOURNAL_NAME) as journal:
         collector = _Collector(config, task, labels, rows, digests, progress)
@@ -117,10 +123,7 @@ def ask_teacher(
     draft.metrics["teacher"] = summary
 
 
-def _request(
-    task: Task, labels: Sequence[str] | None, row: Row, config: TeacherConfig, redact: Redact | None
-) -> GenerationRequest:
-    messages = teacher_messages(task, labels, row, config.system)
+def _request(messages: tuple[Message, ...], config: TeacherConfig, redact: Redact | None) -> GenerationRequest:
     if redact is not None:
         messages = tuple(Message(message.role, redact(message.content)) for message in messages)
     return GenerationRequest(messages, max_tokens=config.max_tokens, temperature=config.temperature)
