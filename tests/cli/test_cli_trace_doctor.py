@@ -44,7 +44,7 @@ def run(*arguments: str | Path) -> Result:
 
 def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from slmops.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
 
 
 # --- trace ------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ sys.argv[1:] = ["doctor", "--json"]
 from slmops.cli import main
 main()
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["ok"] is True
 

@@ -128,7 +128,7 @@ for place in sys.argv[1:]:
     for place in (tmp_path, *tmp_path.parents):  # let nobody come as far as the store
         if place.stat().st_uid == 0 and place != Path(place.anchor):
             place.chmod(place.stat().st_mode | 0o055)
-    out, err = child(code, tmp_path / "store", tmp_path / "new").communicate(timeout=60)
+    out, err = child(code, tmp_path / "store", tmp_path / "new").communicate(timeout=300)
     assert [("Permission denied" in line, "Choose a writable --store" in line) for line in out.splitlines()] == [
         (True, True),
         (True, True),

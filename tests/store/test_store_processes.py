@@ -63,7 +63,7 @@ def test_killed_at_random_moments_the_result_is_whole_and_work_is_not_lost(tmp_p
             first = process.stdout.readline() if attempt % 4 else ""
             time.sleep(moments.uniform(0, 0.06) if attempt < 12 else moments.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode in {0, -signal.SIGKILL}, err
         kills += process.returncode != 0
         if "resumed at" in (text := first + out):
@@ -96,7 +96,7 @@ build = lambda draft: (draft.path / "train.jsonl").write_text("x")
 Store.open(sys.argv[1]).stage("data", Dataset, inputs={}, config={}, code_version="1", build=build)
 """
     process = child(code, tmp_path)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "work").iterdir())) == 1
     with Store.open(tmp_path) as store:
@@ -147,7 +147,7 @@ print(result.reused, result.artifact.digest, result.wall_s >= 0.5)
     processes = [child(code, tmp_path / "store", tmp_path / "log") for _ in range(3)]
     answers = []
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         answers.append(out.split())
     assert (tmp_path / "log").read_text() == "built\n"
@@ -164,7 +164,7 @@ def test_who_waits_says_so_and_takes_over_when_the_first_fails(
     def failing(draft: Draft) -> None:
         (draft.work / "step").write_text("1")
         at_work.set()
-        go_on.wait(30)
+        go_on.wait(120)
         raise RuntimeError("the first one fails")
 
     def build(draft: Draft) -> None:
@@ -177,11 +177,11 @@ def test_who_waits_says_so_and_takes_over_when_the_first_fails(
 
     thread = threading.Thread(target=first)
     thread.start()
-    assert at_work.wait(30)
+    assert at_work.wait(120)
     threading.Timer(0.3, go_on.set).start()
     with caplog.at_level(logging.WARNING), Store.open(tmp_path) as store:
         result = store.stage("data", Dataset, inputs={}, config={}, code_version="1", build=build)
-    thread.join(30)
+    thread.join(120)
     assert not result.reused
     assert "data (" in caplog.text
     assert "is being made by another run; waiting for it" in caplog.text
@@ -191,7 +191,7 @@ def test_many_open_a_new_store_at_once(tmp_path: Path, child: Child) -> None:
     code = "import sys; from slmops.store import Store; s = Store.open(sys.argv[1]); s.record_run('r'); print('ok')"
     processes = [child(code, tmp_path / "store") for _ in range(5)]
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert (process.returncode, out) == (0, "ok\n"), err
     with Store.open(tmp_path / "store") as store:
         assert len(store.runs()) == 5
