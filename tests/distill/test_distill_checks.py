@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import time
 from fractions import Fraction
 
 import pytest
@@ -307,3 +308,14 @@ def test_json(text: str, data: object) -> None:
     verdict = check_answer("extraction", None, row(1), text, "stop")
     assert verdict.accepted == (data is not None)
     assert not verdict.accepted or json.loads(verdict.normalized or "") == data
+
+
+@pytest.mark.parametrize(
+    "piece", ["I" + " " * 60_000, "I" + " " * 50, "not ", "answer is ", "1,", "{", '{"a":1}', "the label ", ".", "1/"]
+)
+def test_hostile_answers_take_no_time(piece: str) -> None:
+    answer = piece * max(1, 60_000 // len(piece)) + "can"
+    started = time.process_time()
+    for task in ("classification", "math", "extraction", "qa"):
+        check_answer(task, INTENTS, row(1), answer, "stop")  # type: ignore[arg-type]
+    assert time.process_time() - started < 5

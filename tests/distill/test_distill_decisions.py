@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from slmops.distill.engine import OpenAITeacher, read_completion
 from slmops.distill.journal import Journal, request_digest
 from slmops.distill.privacy import api_key, is_loopback
 from slmops.distill.retry import Breaker, Trouble, backoff_s, retry_after_s
-from slmops.errors import PrivacyError, RecipeError
+from slmops.errors import PrivacyError, RecipeError, StorageError
 from slmops.recipe import TeacherConfig
 from slmops.runtime import Generation, GenerationRequest
 
@@ -123,6 +125,13 @@ def test_missing_key_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None
         check_remote_allowed(config("https://api.deepseek.com/v1", api_key_env="DEEPSEEK_API_KEY"), "remote")
     with pytest.raises(RecipeError, match="OPENAI_API_KEY"):
         check_remote_allowed(TeacherConfig(model="openai:gpt"), "remote")
+
+
+def test_a_key_that_is_none_is_told_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODD_KEY", "ключ")
+    with pytest.raises(RecipeError, match="ODD_KEY") as caught:
+        check_remote_allowed(config("https://other.example/v1", api_key_env="ODD_KEY"), "remote")
+    assert "ключ" not in str(caught.value)
 
 
 def test_openai_key_is_not_sent_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,3 +285,28 @@ def test_request_digest_depends_on_everything_asked() -> None:
     digests = {request_digest("t", request) for request in [base, *others]} | {request_digest("u", base)}
     assert len(digests) == len(others) + 2
     assert request_digest("t", base) == request_digest("t", GenerationRequest((Message("user", "x"),)))
+
+
+def test_full_disk_is_told_and_the_journal_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "answers.jsonl"
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) > 60:
+            return write(descriptor, data[:60])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal(path) as journal:
+        journal.add("a", answer("a"))
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(StorageError, match="No space left"):
+            journal.add("b", answer("b"))
+        monkeypatch.undo()
+    with Journal(path) as journal:
+        assert (journal.get("a"), journal.get("b")) == (answer("a"), None)
+
+
+def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError), Journal(tmp_path / "file" / "answers.jsonl"):
+        pass

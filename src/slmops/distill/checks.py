@@ -97,10 +97,13 @@ _REFUSAL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+_OPENING_CHARACTERS = 300
+
 
 def is_refusal(text: str) -> bool:
     """Whether the text opens as a refusal to answer (English). An apology alone is none: support agents apologize."""
-    return _REFUSAL.match(text) is not None
+    opening = " ".join(text[:_OPENING_CHARACTERS].split())  # bounded: the pattern may look back and forth
+    return _REFUSAL.match(opening) is not None
 
 
 def looks_garbled(text: str) -> bool:
@@ -173,8 +176,7 @@ def _named_labels(text: str, unique: dict[str, str]) -> set[str]:
 
 
 def _leading_label(text: str, unique: dict[str, str]) -> str | None:
-    head = re.match(r"\s*(.+?)\s*(?:[.,;:!(\n]|\s[-–—]\s|$)", text, re.DOTALL)
-    return unique.get(_plain(head.group(1))) if head else None
+    return unique.get(_plain(re.split(r"[.,;:!(\n]|\s[-–—]\s", text, maxsplit=1)[0]))
 
 
 def _contained_label(text: str, unique: dict[str, str]) -> str | None:

@@ -18,7 +18,7 @@ import queue
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -191,8 +191,9 @@ class _Asking:
         """Called from the other thread; does nothing when the work has ended."""
         self._stopped = True
         loop, task = self._loop, self._task
-        if loop is not None and task is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(task.cancel)
+        if loop is not None and task is not None:
+            with suppress(RuntimeError):  # the loop closed in between
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _work(self, client: AsyncOpenAI) -> None:
         for index in self._waiting:

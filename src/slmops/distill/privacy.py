@@ -62,12 +62,16 @@ def api_key(config: TeacherConfig) -> str | None:
     """The key out of the environment, or None where none is needed.
 
     Raises:
-        RecipeError: a key is needed and its variable is not set (the message names it, never its value).
+        RecipeError: a key is needed and its variable is not set, or holds no key (the message never shows its value).
     """
     variable = config.api_key_env or (OPENAI_KEY_VARIABLE if config.base_url is None else None)
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RecipeError(
+            f"The environment variable {variable} holds characters that no API key has.", remedy="Set it again."
+        )
     if key or is_loopback(teacher_url(config)):
         return key or None
     named = "teacher.api_key_env names" if config.api_key_env else "OpenAI's API needs a key in"
