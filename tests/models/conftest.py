@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,13 +72,21 @@ def tiny_llama(saved_llamas: Callable[[bool], tuple[Path, int]], tmp_path: Path)
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB: enough for one tiny model."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
 def model_bytes(tiny_llama: Path) -> dict[str, bytes]:
     """The files of a model folder, with a model card that states a licence."""
     files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
     files["README.md"] = b"---\nlicense: mit\ntags: [tiny]\n---\n# Tiny\n"
     return files
-
-
-def read_config(folder: Path) -> dict[str, object]:
-    config: dict[str, object] = json.loads((folder / "config.json").read_text("utf-8"))
-    return config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slmops.errors import MemoryBudgetError, ModelError
+from slmops.errors import MemoryBudgetError, ModelError, StorageError
 from slmops.models import fetch_model, model_facts
 from slmops.models.gguf import checkpoint_of_gguf
 from slmops.progress import Progress
@@ -162,6 +162,13 @@ def test_a_failed_conversion_leaves_nothing(tiny_gguf: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         fetch_model(str(tiny_gguf), cache=tmp_path / "cache")
     assert [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.is_dir()] == []
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tiny_gguf: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(200_000))
+    with pytest.raises(StorageError, match=r"Could not write .*No space left on device.*SLMOPS_CACHE"):
+        fetch_model(str(tiny_gguf), cache=small_disk)
+    assert [path for path in (small_disk / "checkpoints").iterdir() if path.is_dir()] == []
 
 
 def test_files_that_are_no_gguf(tiny_gguf: Path, tmp_path: Path) -> None:

