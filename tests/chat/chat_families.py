@@ -88,6 +88,13 @@ def sentencepiece_bpe(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def sentencepiece_phi(special: list[str]) -> Tokenizer:
+    """As Phi 3: as Llama 2, with control tokens that swallow the white space behind them."""
+    tokenizer = sentencepiece_bpe(special)
+    tokenizer.add_special_tokens([AddedToken(text, rstrip=True, normalized=False) for text in special[3:]])
+    return tokenizer
+
+
 def sentencepiece_gemma(special: list[str]) -> Tokenizer:
     """As Gemma: as Llama 2 without the space before the text, and with runs of line breaks as tokens of their own."""
     tokenizer = _with_byte_fallback(special)
@@ -153,7 +160,7 @@ FAMILIES = [
     Family("qwen3", byte_level_split, _CHATML, _QWEN_CONFIG, "<|im_end|>", tail="\n"),
     Family(
         "phi3",
-        sentencepiece_bpe,
+        sentencepiece_phi,
         [*_SPM, *_PHI],
         {**_PHI_CONFIG, "bos_token": "<s>"},
         "<|end|>",

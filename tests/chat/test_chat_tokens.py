@@ -97,12 +97,24 @@ def test_a_token_on_both_sides_of_the_border_counts(folders: dict[str, Path], tm
     assert encoded.prompt_tokens == len(chat.encode_prompt([USER])) - 1
 
 
+def test_a_control_token_that_swallows_the_answer_s_white_space_is_not_learnt(folders: dict[str, Path]) -> None:
+    chat = ChatTokenizer.load(folders["phi3"])
+    assert _learnt(chat, [USER], "\n arrival") == "arrival<|end|>"
+    encoded = chat.encode_training([USER], "\n arrival")
+    assert encoded.input_ids[: encoded.prompt_tokens] == chat.encode_prompt([USER])
+
+
 def test_the_answer_s_text_elsewhere_does_not_matter(folders: dict[str, Path], family: Family) -> None:
     chat = ChatTokenizer.load(folders[family.name])
     for target in ("arrival", "end", "assistant", "<", "s"):
         messages = [Message("user", target), Message("assistant", target), Message("user", target)]
         encoded = chat.encode_training(messages, target)
         assert encoded.input_ids[: encoded.prompt_tokens] == chat.encode_prompt(messages)
+
+
+def test_an_answer_that_spells_the_end_is_learnt_whole(folders: dict[str, Path]) -> None:
+    chat = ChatTokenizer.load(folders["smollm2"])
+    assert _learnt(chat, [USER], "a<|im_end|>b") == "a<|im_end|>b<|im_end|>"
 
 
 def test_a_turn_that_ends_with_text_is_learnt_to_its_end(folders: dict[str, Path], tmp_path: Path) -> None:

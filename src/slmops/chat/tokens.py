@@ -186,10 +186,10 @@ class ChatTokenizer:
         """True from the first token that reaches beyond ``start`` up to the token that ends the turn (up to the end of
         the text, where none does). Offsets are characters of the rendered text."""
         mask = [False] * len(encoding.ids)
-        enders = self._turn_enders
+        enders, controls = self._turn_enders, self._control_ids
         for index, (token_id, (token_start, token_end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if token_end <= start:
-                continue
+            if token_end <= start or (token_start < start and token_id in controls):
+                continue  # A control token may swallow white space of the answer (Phi 3), and is still the prompt's.
             mask[index] = True
             if token_start >= end and token_id in enders:
                 break
@@ -269,9 +269,13 @@ class ChatTokenizer:
         except SlmopsError:
             return None  # Asked again when a conversation is rendered, where the template's words reach the user.
         tail = text.rpartition(_ANSWER_PROBE)[2]
-        added = self._tokenizer.get_added_tokens_decoder()
         ids = self._tokenizer.encode(tail, add_special_tokens=False).ids
-        return next((token_id for token_id in ids if token_id in added and added[token_id].special), None)
+        return next((token_id for token_id in ids if token_id in self._control_ids), None)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
     def _control_texts(self) -> tuple[str, ...]:
