@@ -28,10 +28,12 @@ import numpy.typing as npt
 from slmops.data.shingles import U8, U64, Bands, jaccard, shingle_set
 from slmops.data.split import I64
 
-PREFILTER_SIGMAS = 4.0
-WINDOW_ROWS = 500  # rows of one bucket that each row is compared with: bounds work where everything is alike
+# The next three bound the work where everything is a little alike (a million rows out of one template).
+PREFILTER_SIGMAS = 3.0
+WINDOW_ROWS = 100  # rows of one bucket that each row is compared with
+MAX_MISSES = 8  # exact comparisons in vain, a row, of pairs whose signatures agree less than the threshold
 PAIRS_AT_ONCE = 1 << 16
-CACHED_TEXTS = 4096
+CACHED_HASHES = 1 << 22
 KEPT_AT_ONCE = 256
 
 TRAIN_FILE, VALIDATION_FILE, TEST_FILE = 0, 1, 2
@@ -132,6 +134,7 @@ class Similarity:
     def __init__(self, text_of: Callable[[int], str]) -> None:
         self._text_of = text_of
         self._cache: OrderedDict[int, U64] = OrderedDict()
+        self._cached_hashes = 0
 
     def __call__(self, left: int, right: int) -> float:
         return jaccard(self._set(left), self._set(right))
@@ -140,8 +143,9 @@ class Similarity:
         known = self._cache.get(row)
         if known is None:
             known = self._cache[row] = shingle_set(self._text_of(row))
-            if len(self._cache) > CACHED_TEXTS:
-                self._cache.popitem(last=False)
+            self._cached_hashes += len(known)
+            while self._cached_hashes > CACHED_HASHES and len(self._cache) > 2:
+                self._cached_hashes -= len(self._cache.popitem(last=False)[1])
         else:
             self._cache.move_to_end(row)
         return known
@@ -159,17 +163,20 @@ def unite_near(
     """One cluster for rows that are nearly the same, and for those that a chain of such pairs connects.
 
     ``kept`` are the rows to compare, ``signatures`` those of all rows: ``[rows, bands.hashes]``. Every pair is compared
-    exactly before it counts. Sets ``clusters.truncated`` where a bucket was too large to compare each row with each.
+    exactly before it counts. Sets ``clusters.truncated`` where so many were alike that some were not compared.
     """
+    misses = np.zeros(len(signatures), dtype=np.uint8)
     for band in range(bands.bands):
-        compared: set[tuple[int, int]] = set()
-        for left, right in _candidates(clusters, kept, signatures, band, bands, threshold):
-            pair = (int(left), int(right))
-            if pair in compared or clusters.find(pair[0]) == clusters.find(pair[1]):
+        for left, right, likely in _candidates(clusters, kept, signatures, band, bands, threshold, misses):
+            if clusters.find(left) == clusters.find(right):
                 continue
-            compared.add(pair)
-            if similarity(*pair) >= threshold:
-                clusters.unite(*pair)
+            if not likely and max(misses[left], misses[right]) >= MAX_MISSES:
+                clusters.truncated = True
+            elif similarity(left, right) >= threshold:
+                clusters.unite(left, right)
+            elif not likely:
+                misses[left] += 1
+                misses[right] += 1
         progress(band + 1, bands.bands)
 
 
@@ -212,9 +219,9 @@ def groups_of(numbers: I64, rows: I64) -> Iterator[I64]:
 
 
 def _candidates(
-    clusters: Clusters, kept: I64, signatures: U8, band: int, bands: Bands, threshold: float
-) -> Iterator[tuple[int, int]]:
-    """Pairs that agree in one band and whose whole signatures do not rule them out.
+    clusters: Clusters, kept: I64, signatures: U8, band: int, bands: Bands, threshold: float, misses: U8
+) -> Iterator[tuple[int, int, bool]]:
+    """Pairs that agree in one band and whose whole signatures do not rule them out; and whether these make it likely.
 
     Buckets are runs of equal keys in sorted order; pairs at distance 1, 2, ... within them are found for all buckets at
     once.
@@ -238,8 +245,12 @@ def _candidates(
             right = rows[active[start : start + PAIRS_AT_ONCE] + distance]
             apart = clusters.parents[left] != clusters.parents[right]
             left, right = left[apart], right[apart]
-            alike = (signatures[left] == signatures[right]).sum(axis=1) >= enough
-            yield from zip(left[alike].tolist(), right[alike].tolist(), strict=True)
+            agreeing = np.count_nonzero(signatures[left] == signatures[right], axis=1)
+            likely = agreeing >= threshold * bands.hashes
+            tired = (misses[left] >= MAX_MISSES) | (misses[right] >= MAX_MISSES)
+            alike = likely | ((agreeing >= enough) & ~tired)
+            clusters.truncated = clusters.truncated or bool(((agreeing >= enough) & tired & ~likely).any())
+            yield from zip(left[alike].tolist(), right[alike].tolist(), likely[alike].tolist(), strict=True)
     clusters.truncated = True
 
 

@@ -1,9 +1,9 @@
-"""Files to records, one at a time: csv, JSON lines, a JSON array, parquet; the text forms also gzipped.
+"""Files to records, one at a time: csv, tsv, JSON lines, a JSON array, parquet; the text forms also gzipped.
 
 Guarantees: memory is bounded by one row of at most ``max_row_bytes`` (parquet: by one batch); what comes after a bad
 row is still read; every record knows its row, 1-based and counting data rows. Bytes that are not of the named encoding
 end the reading with the byte and the row: an encoding is never guessed.
-Not covered: csv dialects other than RFC 4180 with commas.
+Not covered: csv dialects other than RFC 4180 with commas (tabs in tsv).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ CHUNK_BYTES = 1 << 18
 SNIFF_BYTES = 1 << 16
 PARQUET_BATCH_ROWS = 512
 RAW_CLIP_CHARS = 500
-TEXT_SUFFIXES = (".csv", ".jsonl", ".json", ".ndjson")
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
-_STRUCTURE = re.compile(r'[\\"\[\]{},]')
-_NOT_CSV_STRUCTURE = re.compile(r'[^",\n]+')
+_STRUCTURE = re.compile(r'["\[\]{},]')
+_STRING_END = re.compile(r'[\\"]')
+_NOT_CSV_STRUCTURE = re.compile(r'[^",\t\n]+')
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_records(reading: Reading) -> Iterator[Record | BadRecord]:
         raise DataError(f"There is no file {path}.", remedy="Check data.train, data.validation and data.test.")
     if path.stat().st_size == 0:
         raise DataError("The file is empty.", path=path)
-    if name.endswith(".csv"):
+    if name.endswith((".csv", ".tsv")):
         return _guarded(reading, _read_csv)
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return _guarded(reading, _read_json)
@@ -296,7 +297,8 @@ def _read_csv(reading: Reading, file: IO[bytes], cursor: _Cursor) -> Iterator[Re
     # The csv module's own limit is 128 KiB a field and ends the reading; the feed keeps rows bounded instead.
     csv.field_size_limit(sys.maxsize)
     feed = _CsvFeed(_lines(_text_chunks(reading, file), reading.max_row_bytes), reading.max_row_bytes)
-    parser = csv.reader(feed, strict=True)
+    tabs = reading.path.name.lower().removesuffix(".gz").endswith(".tsv")
+    parser = csv.reader(feed, delimiter="\t" if tabs else ",", strict=True)
     header = _csv_header(reading, parser)
     reading.header = tuple(header)
     while True:
@@ -407,7 +409,7 @@ def _array_elements(reading: Reading, chunks: Iterator[str], cursor: _Cursor) ->
     held: list[str] = []
     held_chars = 0
     oversized = False
-    skip_from = -1  # a character after a backslash means itself
+    skip_to = 0
 
     def hold(piece: str) -> None:
         nonlocal held_chars, oversized
@@ -428,14 +430,15 @@ def _array_elements(reading: Reading, chunks: Iterator[str], cursor: _Cursor) ->
     base = 0
     for chunk in chunks:
         start = 0
-        for found in _STRUCTURE.finditer(chunk):
+        position = max(0, skip_to - base)
+        while found := (_STRING_END if in_string else _STRUCTURE).search(chunk, position):
             at, character = found.start(), found.group()
-            if base + at == skip_from:
-                continue
+            position = at + 1
             if in_string:
-                if character == "\\":
-                    skip_from = base + at + 1
-                elif character == '"':
+                if character == "\\":  # the next character means itself; it may be in the next chunk
+                    position += 1
+                    skip_to = base + position
+                else:
                     in_string = False
             elif character == '"':
                 in_string = True

@@ -6,7 +6,7 @@ measure that changes with length could never match a text just over its limit wi
 blanks have no words to count.
 
 Guarantees: :func:`jaccard` is exact over 64-bit hashes of the 5-grams; a pair at the threshold becomes a candidate with
-probability of at least 99.9 % wherever :func:`plan_bands` says so (thresholds from 0.1).
+probability of at least 99.9 % (for thresholds from 0.1; below, with what :meth:`Bands.recall` says).
 Source: Broder, On the resemblance and containment of documents, 1997; banding: Leskovec, Rajaraman, Ullman, Mining of
 Massive Datasets, chapter 3.
 """

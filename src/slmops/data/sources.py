@@ -179,7 +179,7 @@ def _hidden(path: Path, base: Path) -> bool:
 
 def _absolute(bound: str, total: int) -> int:
     row = round(int(bound[:-1]) * total / 100) if bound.endswith("%") else int(bound)
-    return max(row + total, 0) if row < 0 or bound.startswith("-") else row
+    return max(row + total, 0) if row < 0 else row
 
 
 def absolute_ranges(part: Slice | None, counts: Sequence[int] | None) -> tuple[int, int | None]:
