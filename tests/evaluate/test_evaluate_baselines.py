@@ -61,6 +61,21 @@ def test_a_closed_task_has_a_majority_and_a_linear_baseline(tmp_path: Path) -> N
     assert set(found) <= set(DESCRIPTIONS)
 
 
+def test_the_folded_matrix_is_sklearns_own_one_against_rest(tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    pairs = support_pairs()
+    data = dataset(tmp_path, labels=sorted(THEMES), train=pairs[:60], validation=[], test=pairs[60:])
+    found = baseline_scores(data, 0, task="classification")["linear"]
+    texts, targets = [x for x, _ in pairs[:60]], [y for _, y in pairs[:60]]
+    features = baselines._features(texts)
+    assert features is not None
+    one = LogisticRegression(C=10, solver="liblinear", dual=True, max_iter=1000)
+    reference = OneVsRestClassifier(one).fit(features.transform(texts), targets)
+    assert found.predictions == reference.predict(features.transform([x for x, _ in pairs[60:]])).tolist()
+
+
 def test_two_classes_and_no_validation_rows_are_enough(tmp_path: Path) -> None:
     train = [("yes of course", "entails"), ("no never", "contradicts")] * 3
     data = dataset(tmp_path, labels=["contradicts", "entails"], train=train, validation=[], test=train[:2])
