@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slmops.errors import ModelError
+from slmops.models.quiet import quiet_transformers
 
 LABELS_NAME = "labels.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -87,6 +88,7 @@ def load_classifier(folder: Path) -> PooledClassifier:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel
 
+    quiet_transformers()
     try:
         labels = tuple(json.loads((folder / LABELS_NAME).read_text("utf-8")))
         weights = load_file(folder / WEIGHTS_NAME)
@@ -111,6 +113,7 @@ def classifier_from_language_model(folder: Path, labels: tuple[str, ...]) -> Poo
     """The body of the language model at ``folder`` with a fresh head, in float32."""
     from transformers import AutoModel
 
+    quiet_transformers()
     backbone = AutoModel.from_pretrained(folder, dtype=torch.float32)
     backbone.config.use_cache = False
     return PooledClassifier(backbone, labels)

@@ -7,7 +7,6 @@ Not covered: accelerators, quantized weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,15 +54,14 @@ class TorchClassifier:
                 f"{folder} is not a classifier: it has no config.json.",
                 remedy="Name a checkpoint that was trained for a closed label set.",
             )
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         try:
             import torch
-            import transformers
         except ImportError:
             raise MissingExtraError("Running a torch model", "train") from None
         from slmops.models.classifier import load_classifier
+        from slmops.models.quiet import quiet_transformers
 
-        transformers.utils.logging.set_verbosity_error()
+        quiet_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
         classifier = load_classifier(folder)

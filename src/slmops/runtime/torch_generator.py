@@ -17,7 +17,6 @@ Not covered: accelerators, quantized weights, encoder-decoder models.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer, EncodedChat
 from slmops.errors import ContextLengthError, MissingExtraError, ModelError, ModelNotFoundError, UsageError
+from slmops.models.quiet import quiet_transformers
 from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
 from slmops.runtime.stops import StopScanner
 
@@ -84,10 +84,9 @@ class TorchGenerator:
         chat = ChatTokenizer.load(folder)
         try:
             import torch
-            import transformers
         except ImportError:
             raise MissingExtraError("Running a torch model", "train") from None
-        quiet(transformers)
+        quiet_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
         model = _load_model(folder)
@@ -333,13 +332,6 @@ def check_request(request: GenerationRequest) -> None:
         raise UsageError(f"temperature is {request.temperature}.", remedy="Give 0 (greedy) or a positive number.")
     if not 0 < request.top_p <= 1:
         raise UsageError(f"top_p is {request.top_p}.", remedy="Give a number above 0 and at most 1.")
-
-
-def quiet(transformers: Any) -> None:
-    """No bars, no advice, no telemetry from transformers and the hub's client, for the whole process."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _settings(request: GenerationRequest) -> tuple[float, float]:

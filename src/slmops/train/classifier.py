@@ -31,7 +31,11 @@ from slmops.train.student import StudentShape, narrow_encoder
 from slmops.train.tokens import encode_texts, load_tokenizer, pad, with_end_token
 from slmops.train.vocabulary import TrimmedVocabulary, trim_vocabulary
 
-TEACHER_LEARNING_RATE = 1e-4
+TEACHER_LEARNING_RATE = 2e-4
+TEACHER_LABEL_SMOOTHING = 0.1
+"""Measured on intent data with a third of the layers frozen: 2e-4 with smoothing ends 1.2 points of validation
+accuracy above 1e-4 without."""
+NAMED_STUDENT_LEARNING_RATE = 1e-4
 HEAD_LEARNING_RATE = 2e-3
 BATCH_SIZE = 64
 STUDENT_LEARNING_RATE = 1e-3
@@ -140,7 +144,7 @@ def train_classifier_student(
     tokenizer = _closing_tokenizer(source)
     if named_model is not None:
         classifier = classifier_from_language_model(named_model, labels)
-        rate = train.learning_rate or TEACHER_LEARNING_RATE
+        rate = train.learning_rate or NAMED_STUDENT_LEARNING_RATE
     else:
         # The vocabulary comes from the labelled rows alone, so that a student and its untaught twin are the same net.
         vocabulary = _vocabulary(tokenizer, [row.text for row in rows["train"]], student)
@@ -244,7 +248,7 @@ class _StateObjective:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"])
-        return F.cross_entropy(logits, batch["labels"])
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=TEACHER_LABEL_SMOOTHING)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         batches = iterate_batches([len(state) for state in self.validation_states], VALIDATION_BATCH)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slmops.artifacts import Dataset, Draft, Message, Row
 from slmops.chat import ChatTokenizer
 from slmops.errors import DataError
+from slmops.models.quiet import quiet_transformers
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import StudentConfig, TeacherConfig, TrainConfig
 from slmops.train.batching import steps_for
@@ -67,6 +68,7 @@ def adapt_generator(
     """
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     lora = (config.adapt_method or "lora") == "lora"
@@ -115,6 +117,7 @@ def train_generator_student(
     Raises:
         DataError: no row has an answer that fits into ``train.max_tokens``.
     """
+    quiet_transformers()
     torch.manual_seed(seed)
     _copy_tokenizer(model_folder, draft.path)
     tokenizer = load_tokenizer(model_folder)
