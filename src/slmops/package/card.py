@@ -11,6 +11,30 @@ from typing import Any
 import yaml
 
 LABELS_SHOWN = 100
+IDENTIFIERS = frozenset(
+    [
+        "apache-2.0",
+        "mit",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "cc0-1.0",
+        "gpl-3.0",
+        "lgpl-3.0",
+        "mpl-2.0",
+        "openrail",
+        "bigscience-openrail-m",
+        "gemma",
+        "llama2",
+        "llama3",
+        "llama3.1",
+        "llama3.2",
+        "llama3.3",
+        "llama4",
+    ]
+)
 PIPELINE_TAGS = {
     "classification": "text-classification",
     "nli": "text-classification",
@@ -45,15 +69,18 @@ def render_card(
 
 
 def license_id(text: str) -> str | None:
-    """SPDX identifier of the licences that are met most; None for any other text."""
-    head = " ".join(text.split())[:600].lower()
+    """The identifier that hubs use, where the text is one of the licences met most, or a line that ends in an
+    identifier (``hf:owner/name: apache-2.0``); None for any other text."""
+    words = text.lower().split()
+    head = " ".join(words[:100])
     if "apache license" in head and "version 2.0" in head:
         return "apache-2.0"
     if "permission is hereby granted, free of charge" in head:
         return "mit"
     if "creative commons attribution 4.0" in head:
         return "cc-by-4.0"
-    return None
+    last = words[-1] if 0 < len(words) <= 4 else ""
+    return last if last in IDENTIFIERS else None
 
 
 def _front_matter(
@@ -64,7 +91,9 @@ def _front_matter(
     lineage: Mapping[str, Any],
 ) -> str:
     task = str(description.get("task") or recipe.get("task") or "")
-    identifiers = {license_id(text) for text in licenses.values()}
+    # The weights are under their base model's licence; where it is not told apart, all have to agree.
+    texts = [licenses["base-model"]] if "base-model" in licenses else licenses.values()
+    identifiers = {license_id(text) for text in texts}
     front: dict[str, Any] = {
         "license": identifiers.pop() or "other" if len(identifiers) == 1 else "other",
         "pipeline_tag": PIPELINE_TAGS.get(task, "text-generation"),
