@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.tiny_models import write_tiny_classifier
+from fakes.tiny_models import write_tiny_classifier, write_tiny_generator, write_tiny_llama
 from slmops.artifacts import Message
 from slmops.errors import MemoryBudgetError, ModelError
 from slmops.evaluate.measure import Measurement, latency_ratio, measure, measure_interleaved
@@ -120,7 +120,7 @@ def test_one_model_against_itself_has_a_ratio_about_one(tiny: Path) -> None:
     both = measure_interleaved({"a": tiny, "b": tiny}, form="classifier", requests=TEXTS, threads=1, rounds=5)
     ratio, low, high = latency_ratio(both["a"], both["b"])
     assert low <= ratio <= high
-    assert 0.4 < ratio < 2.5
+    assert 0.2 < ratio < 5  # about 1 on a quiet machine
 
 
 def test_times_and_counts_are_right(tmp_path: Path) -> None:
@@ -128,14 +128,15 @@ def test_times_and_counts_are_right(tmp_path: Path) -> None:
     paths = {"slow": Path("/0.02"), "fast": Path("/0.005")}
     found = measure_interleaved(paths, form="classifier", requests=TEXTS[:15], rounds=3, warmup=2, probe=probe)
     slow, fast = found["slow"], found["fast"]
-    assert 20 <= slow.latency_ms["p50"] < 40
-    assert 5 <= fast.latency_ms["p50"] < 15
-    assert slow.throughput_per_s == pytest.approx(32 / (0.02 * 32**0.5), rel=0.2)
+    # Sleeping is never shorter than asked; how much longer depends on who else uses the machine.
+    assert 20 <= slow.latency_ms["p50"] <= slow.latency_ms["p95"] < 200
+    assert 5 <= fast.latency_ms["p50"] < 100
+    assert 0.3 < slow.throughput_per_s / (32 / (0.02 * 32**0.5)) <= 1
     assert slow.memory_bytes_loaded > 40 * MIB
     assert slow.requests == fast.requests == 15
     ratio, low, high = latency_ratio(slow, fast)
     assert low <= ratio <= high
-    assert 2 < ratio <= 4.2
+    assert 1 < ratio < 6  # 4 on a quiet machine
     back, back_low, back_high = latency_ratio(fast, slow)
     assert (back_low, back, back_high) == pytest.approx((1 / high, 1 / ratio, 1 / low))
 
@@ -146,10 +147,24 @@ def test_a_generator_tells_its_tokens_and_its_first_text(tmp_path: Path) -> None
         Path("/0.01"), form="generator", requests=requests, rounds=2, warmup=1, probe=command(tmp_path, SLEEPER)
     )
     assert found.ttft_ms is not None
-    assert 10 <= found.ttft_ms["p50"] < found.latency_ms["p50"] < 60
-    assert found.tokens_per_s == pytest.approx(7 / (found.latency_ms["p50"] / 1e3), rel=0.3)
+    assert 10 <= found.ttft_ms["p50"] < found.latency_ms["p50"] - 9
+    assert found.tokens_per_s is not None
+    assert 30 < found.tokens_per_s <= 7 / 0.02
     assert found.batch == 4
     assert found.batch_tokens_per_s == pytest.approx(7 * found.throughput_per_s)
+
+
+@pytest.mark.slow
+def test_a_real_generator_is_measured_in_its_own_process(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "checkpoint")
+    write_tiny_generator(tmp_path / "model", tmp_path / "checkpoint")
+    requests = [GenerationRequest((Message("user", f"where is card {n}?"),), max_tokens=8) for n in range(6)]
+    found = measure(tmp_path / "model", form="generator", requests=requests, threads=1, rounds=3, warmup=2)
+    assert found.ttft_ms is not None
+    assert 0 < found.ttft_ms["p50"] <= found.latency_ms["p50"]
+    assert found.tokens_per_s is not None
+    assert found.tokens_per_s > 1
+    assert found.memory_bytes_peak < 300 * MIB
 
 
 def test_a_time_limit_cuts_requests_but_leaves_a_median(tmp_path: Path) -> None:
