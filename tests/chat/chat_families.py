@@ -21,6 +21,7 @@ LINES = [
     "user assistant system model\nToday Date: 26 Jul 2024\n\nanswer the answer, 12 + 30 = 42",
     "Was kostet das?  Zwei Stück für 3,50 €.\n\n\tein Tabulator",
     "def f(x):\n    return x * 2\n",
+    "a list\n  of lines\n  with spaces\n  before",
     "日本語のテキスト и немного русского",
 ] * 8
 

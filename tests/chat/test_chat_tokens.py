@@ -97,6 +97,14 @@ def test_a_token_on_both_sides_of_the_border_counts(folders: dict[str, Path], tm
     assert encoded.prompt_tokens == len(chat.encode_prompt([USER])) - 1
 
 
+def test_a_border_token_that_ends_in_a_space_counts(folders: dict[str, Path]) -> None:
+    """Byte-level tokenizers may leave spaces out of a token's offsets: "\\n " would seem to end with the prompt."""
+    chat = ChatTokenizer.load(folders["smollm2"])
+    assert '"trim_offsets": true' in (folders["smollm2"] / "tokenizer.json").read_text("utf-8")
+    assert len(chat.encode("\n ", add_special_tokens=False)) == 1
+    assert _learnt(chat, [USER], "  arrival") == "\n  arrival<|im_end|>"
+
+
 def test_a_control_token_that_swallows_the_answer_s_white_space_is_not_learnt(folders: dict[str, Path]) -> None:
     chat = ChatTokenizer.load(folders["phi3"])
     assert _learnt(chat, [USER], "\n arrival") == "arrival<|end|>"
