@@ -1,0 +1,67 @@
+"""What several benchmarks share: running a recipe with a plain log, and spreads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slmops.pipeline import run_recipe
+from slmops.progress import Progress
+from slmops.recipe import Recipe, parse_recipe
+from slmops.store import Store
+
+LOG_EVERY_S = 15.0
+
+
+def data_file(options: argparse.Namespace, name: str) -> str:
+    """A file of the real data sets, which must be there."""
+    path: Path = (options.data / name).resolve()
+    if not path.exists():
+        raise SystemExit(f"{path} is not there; name the folder of the data sets with --data")
+    return str(path)
+
+
+def report_of(options: argparse.Namespace, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The report of a whole run of the recipe ``raw``; what was done before is not done again."""
+    recipe: Recipe = parse_recipe(raw)
+    with Store.open(options.store) as store:
+        return run_recipe(
+            recipe, store, out=options.store / "runs" / f"{recipe.name}-{recipe.seed}", progress=log()
+        ).report
+
+
+def log() -> Any:
+    """Progress as lines on standard error, so that standard output stays one JSON object."""
+    said: dict[str, float] = {}
+    started = time.monotonic()
+
+    def sink(event: Progress) -> None:
+        now = time.monotonic()
+        if event.done == event.total or now - said.get(event.task, 0.0) > LOG_EVERY_S:
+            said[event.task] = now
+            total = event.total if event.total is not None else "?"
+            print(
+                f"{now - started:7.0f} s  {event.task} {event.done}/{total} {event.note}", file=sys.stderr, flush=True
+            )
+
+    return sink
+
+
+def mean(values: Iterable[float]) -> float:
+    return fmean(values)
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Smallest and largest."""
+    return [min(values), max(values)]
+
+
+def check(name: str, values: Sequence[float], target: float) -> dict[str, Any]:
+    """One claim: its mean over the runs, the runs' spread, and whether the mean reaches ``target``."""
+    average = mean(values)
+    return {"name": name, "value": average, "spread": spread(values), "target": target, "passed": average >= target}
