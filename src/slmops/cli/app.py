@@ -13,6 +13,7 @@ import typer
 
 from slmops import __version__
 from slmops.cli.chat import chat
+from slmops.cli.data import data
 from slmops.cli.demo import demo
 from slmops.cli.doctor import doctor
 from slmops.cli.init import init
@@ -29,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -56,6 +57,7 @@ def _root(
 
 app.command()(init)
 app.command()(doctor)
+app.command()(data)
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +62,7 @@ def doctor(
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Tell whether this machine is fit for the work, and what to do where it is not."""
+    """Tell whether this machine is fit for the work. Where it is not, tell what to do about it."""
     checks = examine(store)
     failed = any(check.status == "fail" for check in checks)
     if as_json:
@@ -162,6 +161,8 @@ def check_offline(environment: Mapping[str, str]) -> Check:
 
 def check_installation() -> list[Check]:
     """One line for each size of installation: what is there, and which verbs wait for what is not."""
+    from importlib import metadata
+
     try:
         requirements = metadata.requires("slmops") or []
     except metadata.PackageNotFoundError:
@@ -269,6 +270,8 @@ def _read(path: Path) -> str:
 
 
 def _installed_version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

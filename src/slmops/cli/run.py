@@ -22,10 +22,11 @@ def run(
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on standard output."),
 ) -> None:
-    """Teach, compress, prove and pack a small model: everything that RECIPE asks for and is not done yet.
+    """Teach, compress, prove and pack a small model, as RECIPE says.
 
-    A run that was stopped goes on where it was. Exit code 0: done and all gates hold; 1: a gate failed (the report
-    says which), or the input cannot be used; 2: the recipe or the command line is wrong.
+    What was done before is not done again; a run that was stopped goes on where it was. Exit code 0: done and all
+    gates hold; 1: a gate failed (the report says which), or the input cannot be used; 2: the recipe or the command
+    line is wrong.
     """
     from slmops.recipe import load_recipe
 

@@ -12,7 +12,11 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a variant.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare a bundle with its digests, load its model and ask it one question. Exit code 1 if anything is wrong."""
+    """Tell whether a bundle is whole and its model answers.
+
+    Every file is compared with its digest, the model is loaded and asked one question. Exit code 1 if anything is
+    wrong.
+    """
     from slmops.cli.render import print_json
     from slmops.errors import ArtifactError, CorruptArtifactError
     from slmops.package import artifact_around, verify_bundle
