@@ -111,7 +111,7 @@ class DistillConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     weight: Annotated[float, Field(ge=0, le=1)] = Field(0.7, description="share of the soft loss; the rest is gold")
     transfer_rows: Annotated[float, Field(ge=0)] = Field(
-        4.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
+        0.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
     )
 
 
