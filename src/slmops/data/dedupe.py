@@ -29,11 +29,11 @@ from slmops.data.shingles import U8, U64, Bands, jaccard, shingle_set
 from slmops.data.split import I64
 
 # The next three bound the work where everything is a little alike (a million rows out of one template).
-PREFILTER_SIGMAS = 3.0
+PREFILTER_SIGMAS = 4.0
 WINDOW_ROWS = 100  # rows of one bucket that each row is compared with
-MAX_MISSES = 8  # exact comparisons in vain, a row, of pairs whose signatures agree less than the threshold
-PAIRS_AT_ONCE = 1 << 16
-CACHED_HASHES = 1 << 22
+MAX_MISSES = 16  # exact comparisons in vain, a row, of pairs whose signatures agree less than the threshold
+ROWS_AT_ONCE = 1 << 13  # of a band in sorted order: their texts are compared while they are in memory
+CACHED_SHINGLES = 1 << 19  # at about 120 bytes each
 KEPT_AT_ONCE = 256
 
 TRAIN_FILE, VALIDATION_FILE, TEST_FILE = 0, 1, 2
@@ -133,19 +133,19 @@ class Similarity:
 
     def __init__(self, text_of: Callable[[int], str]) -> None:
         self._text_of = text_of
-        self._cache: OrderedDict[int, U64] = OrderedDict()
-        self._cached_hashes = 0
+        self._cache: OrderedDict[int, frozenset[str]] = OrderedDict()
+        self._cached_shingles = 0
 
     def __call__(self, left: int, right: int) -> float:
         return jaccard(self._set(left), self._set(right))
 
-    def _set(self, row: int) -> U64:
+    def _set(self, row: int) -> frozenset[str]:
         known = self._cache.get(row)
         if known is None:
             known = self._cache[row] = shingle_set(self._text_of(row))
-            self._cached_hashes += len(known)
-            while self._cached_hashes > CACHED_HASHES and len(self._cache) > 2:
-                self._cached_hashes -= len(self._cache.popitem(last=False)[1])
+            self._cached_shingles += len(known)
+            while self._cached_shingles > CACHED_SHINGLES and len(self._cache) > 2:
+                self._cached_shingles -= len(self._cache.popitem(last=False)[1])
         else:
             self._cache.move_to_end(row)
         return known
@@ -234,24 +234,29 @@ def _candidates(
     packed, rows = packed[order], kept[order]
     spread = (threshold * (1 - threshold) / bands.hashes) ** 0.5
     enough = (threshold - PREFILTER_SIGMAS * spread) * bands.hashes
-    active = np.arange(len(rows) - 1, dtype=np.int64)
-    for distance in range(1, WINDOW_ROWS + 1):
-        active = active[active + distance < len(rows)]
-        active = active[packed[active] == packed[active + distance]]
-        if not len(active):
-            return
-        for start in range(0, len(active), PAIRS_AT_ONCE):
-            left = rows[active[start : start + PAIRS_AT_ONCE]]
-            right = rows[active[start : start + PAIRS_AT_ONCE] + distance]
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        active = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)), dtype=np.int64)
+        for distance in range(1, WINDOW_ROWS + 1):
+            active = active[active + distance < len(rows)]
+            active = active[packed[active] == packed[active + distance]]
+            left, right = rows[active], rows[active + distance]
             apart = clusters.parents[left] != clusters.parents[right]
             left, right = left[apart], right[apart]
-            agreeing = np.count_nonzero(signatures[left] == signatures[right], axis=1)
-            likely = agreeing >= threshold * bands.hashes
-            tired = (misses[left] >= MAX_MISSES) | (misses[right] >= MAX_MISSES)
-            alike = likely | ((agreeing >= enough) & ~tired)
-            clusters.truncated = clusters.truncated or bool(((agreeing >= enough) & tired & ~likely).any())
-            yield from zip(left[alike].tolist(), right[alike].tolist(), likely[alike].tolist(), strict=True)
-    clusters.truncated = True
+            same = signatures[left] == signatures[right]
+            agreeing = np.count_nonzero(same, axis=1)
+            # A pair belongs to the first band in which it agrees: it is compared once, and missed once.
+            alike = np.flatnonzero(agreeing >= enough)
+            before = same[alike, : band * bands.rows].reshape(len(alike), band, bands.rows)
+            alike = alike[~before.all(axis=2).any(axis=1)]
+            likely = agreeing[alike] >= threshold * bands.hashes
+            tired = ~likely & (np.maximum(misses[left[alike]], misses[right[alike]]) >= MAX_MISSES)
+            clusters.truncated = clusters.truncated or bool(tired.any())
+            alike, likely = alike[~tired], likely[~tired]
+            yield from zip(left[alike].tolist(), right[alike].tolist(), likely.tolist(), strict=True)
+            if not len(active):
+                break
+        else:
+            clusters.truncated = True
 
 
 def _repeats(values: npt.NDArray[np.uint64], rows: I64 | None = None) -> I64:

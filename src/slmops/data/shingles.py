@@ -5,7 +5,7 @@ for all lengths, and not words: in a text of ten words one changed word takes th
 measure that changes with length could never match a text just over its limit with one just under; and languages without
 blanks have no words to count.
 
-Guarantees: :func:`jaccard` is exact over 64-bit hashes of the 5-grams; a pair at the threshold becomes a candidate with
+Guarantees: :func:`jaccard` is exact; a pair at the threshold becomes a candidate with
 probability of at least 99.9 % (for thresholds from 0.1; below, with what :meth:`Bands.recall` says).
 Source: Broder, On the resemblance and containment of documents, 1997; banding: Leskovec, Rajaraman, Ullman, Mining of
 Massive Datasets, chapter 3.
@@ -71,7 +71,7 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[U64, npt.NDArray[np.int64]]:
     ``texts`` are in the form of :func:`slmops.data.text.words_only`. Shapes: ``[shingles]``, ``[texts]``; every text
     has at least one shingle, repeated ones are repeated.
     """
-    padded = [f" {text} ".ljust(SHINGLE_CHARS) for text in texts]
+    padded = [_padded(text) for text in texts]
     points = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
     lengths = np.fromiter(map(len, padded), dtype=np.int64, count=len(padded))
     ends = np.cumsum(lengths)
@@ -87,15 +87,20 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[U64, npt.NDArray[np.int64]]:
     return mix(windows[inside]), starts
 
 
-def shingle_set(text: str) -> U64:
-    """The text's shingles: sorted, each once."""
-    return np.unique(shingle_hashes([text])[0])
+def shingle_set(text: str) -> frozenset[str]:
+    """The text's shingles, for exact comparison."""
+    padded = _padded(text)
+    return frozenset(padded[start : start + SHINGLE_CHARS] for start in range(len(padded) - SHINGLE_CHARS + 1))
 
 
-def jaccard(left: U64, right: U64) -> float:
-    """Shared shingles by all shingles of two sorted sets, exactly."""
-    shared = len(np.intersect1d(left, right, assume_unique=True))
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """Shared shingles by all shingles of two sets (neither is empty)."""
+    shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
+
+
+def _padded(text: str) -> str:
+    return f" {text} ".ljust(SHINGLE_CHARS)
 
 
 def signatures(texts: Sequence[str], hashes: int) -> U8:

@@ -103,7 +103,9 @@ def _resolve_one(role: Role, text: str, fetch_hub: FetchHub | None) -> Source:
         return _resolve_hub(role, text, fetch_hub)
     path = Path(text)
     if not path.exists():
-        raise DataError(f"There is no file {path}.", remedy=f"Check data.{role}.")
+        raise DataError(
+            f"There is no file {path}.", remedy=f"Check data.{role}, or name another: --set data.{role}=FILE."
+        )
     if not path.is_file():
         raise DataError(f"{path} is not a file.", remedy=f"Name a file in data.{role}.")
     return Source(role, path.name, (path,))
