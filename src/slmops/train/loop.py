@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from slmops.errors import ModelError
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.train.batching import plan_batches
 
 Batch = dict[str, Tensor]
+
+STATE_NAME = "trainer_state.json"
+"""What the Trainer writes last into a checkpoint: where it can be read, the checkpoint is whole."""
 
 
 class Objective(Protocol):
@@ -137,11 +140,11 @@ def fit(
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    callbacks: list[TrainerCallback] = [_Watch(task, config, progress)]
+    resumed = last_checkpoint(work / "checkpoints")
+    watch = _Watch(task, config, progress, [] if resumed is None else unlogged_losses(resumed))
+    callbacks: list[TrainerCallback] = [watch]
     if config.patience is not None:
-        from transformers import EarlyStoppingCallback
-
-        callbacks.append(EarlyStoppingCallback(config.patience))
+        callbacks.append(_Patience(config.patience))
     trainer = _SlmTrainer(
         model=model,
         args=arguments,
@@ -150,15 +153,38 @@ def fit(
         objective=objective,
         plan=plan,
         precision=precision,
+        unlogged=watch.unlogged,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoints = work / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    return [_history_point(entry) for entry in trainer.state.log_history if "step" in entry]
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    return [_history_point(entry) for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the most steps; halves that a killed run left behind are removed."""
+    whole: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            steps = json.loads((path / STATE_NAME).read_text("utf-8"))["global_step"]
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            whole.append((steps, path))
+    return max(whole)[1] if whole else None
+
+
+def unlogged_losses(checkpoint: Path) -> list[float]:
+    """The losses of the steps between the last logged one and ``checkpoint``."""
+    state = json.loads((checkpoint / STATE_NAME).read_text("utf-8"))
+    losses: list[float] = state["stateful_callbacks"][_Watch.__name__]["attributes"]["unlogged"]
+    return losses
 
 
 class _SlmTrainer(Trainer):  # type: ignore[misc]
-    def __init__(self, *, objective: Objective, plan: list[list[int]], precision: str, **rest: Any) -> None:
+    def __init__(
+        self, *, objective: Objective, plan: list[list[int]], precision: str, unlogged: list[float], **rest: Any
+    ) -> None:
+        self.unlogged = unlogged
         # The Trainer wants a data set; what it iterates is the plan.
         super().__init__(train_dataset=_Indices(plan), eval_dataset=_Indices([]), data_collator=_first, **rest)
         self.objective = objective
@@ -176,12 +202,21 @@ class _SlmTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = self.objective.loss(model, inputs)
-        if not math.isfinite(loss.item()):
+        value = loss.item()
+        if not math.isfinite(value):
             raise ModelError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}.",
+                f"The loss became {value} at step {self.state.global_step + 1}.",
                 remedy="Lower the learning rate, or set train.precision: fp32.",
             )
+        self.unlogged.append(value)
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            # The Trainer's own mean forgets the steps between the last logged one and the checkpoint resumed from.
+            logs["loss"] = sum(self.unlogged) / len(self.unlogged)
+            self.unlogged.clear()
+        super().log(logs, start_time)
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.precision)
@@ -197,11 +232,27 @@ class _SlmTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Progress for people, and a checkpoint whenever enough time has passed since the last."""
+class _Patience(TrainerCallback):  # type: ignore[misc]
+    """Stops after so many validations without a lower loss. It counts in the log, which a resumed run has too."""
 
-    def __init__(self, task: str, config: LoopConfig, progress: ProgressSink) -> None:
-        self.task, self.config, self.progress = task, config, progress
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+            control.should_training_stop = True
+            control.should_save = False  # a run resumed from here would train on
+
+
+class _Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Progress for people, and a checkpoint whenever enough time has passed since the last.
+
+    ``unlogged`` goes into each checkpoint.
+    """
+
+    def __init__(self, task: str, config: LoopConfig, progress: ProgressSink, unlogged: list[float]) -> None:
+        self.task, self.config, self.progress, self.unlogged = task, config, progress, unlogged
         self.note = ""
         self.saved_at = time.monotonic()
 
@@ -220,6 +271,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saved_at = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"unlogged": list(self.unlogged)}}
 
 
 class _Steps(TorchDataset[Batch]):
@@ -285,7 +339,9 @@ def _decide_precision(
     torch.set_rng_state(state)
     choice = "bf16" if seconds["bf16"] < seconds["fp32"] else "fp32"
     work.mkdir(parents=True, exist_ok=True)
-    remembered.write_text(json.dumps({"precision": choice, "seconds": seconds}), "utf-8")
+    written = work / ".precision.json.tmp"
+    written.write_text(json.dumps({"precision": choice, "seconds": seconds}), "utf-8")
+    written.replace(remembered)
     return choice
 
 
