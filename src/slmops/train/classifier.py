@@ -43,6 +43,9 @@ STUDENT_SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
 STUDENT_STEPS_AT_LEAST = 1500
 """A student that starts fresh needs steps, however few the rows are."""
 STUDENT_EPOCHS = 20.0
+FEW_ROWS = 4000
+COMMON_MERGES = 8000
+"""Fewer training rows than this leave many everyday words unseen, so the student keeps the commonest ones too."""
 STUDENT_DROPOUT = 0.1
 VALIDATION_BATCH = 128
 
@@ -356,7 +359,7 @@ def _closing_tokenizer(folder: Path) -> Tokenizer:
 def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConfig) -> TrimmedVocabulary:
     if student.vocabulary == "keep":
         return TrimmedVocabulary(tokenizer, tuple(range(tokenizer.get_vocab_size())))
-    return trim_vocabulary(tokenizer, texts)
+    return trim_vocabulary(tokenizer, texts, common_merges=COMMON_MERGES if len(texts) < FEW_ROWS else 0)
 
 
 def _student_steps(rows: int, train: TrainConfig, *, fresh: bool) -> int:

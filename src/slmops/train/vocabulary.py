@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from slmops.errors import ModelError
 
@@ -31,8 +30,11 @@ class TrimmedVocabulary:
     kept_ids: tuple[int, ...]
 
 
-def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str]) -> TrimmedVocabulary:
+def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], *, common_merges: int = 0) -> TrimmedVocabulary:
     """Keep special tokens, the alphabet, and the merges that ``texts`` apply; drop the rest.
+
+    ``common_merges`` of the lowest rank stay besides: merges are ranked by how common they were where the tokenizer was
+    trained, so these cover words that few texts have not shown yet.
 
     Raises:
         ModelError: the tokenizer is not byte-pair encoding, or a text would encode or decode differently.
@@ -46,13 +48,15 @@ def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str]) -> TrimmedVocabu
             remedy="Set student.vocabulary: keep.",
         )
     old_ids: dict[str, int] = model["vocab"]
-    merges = [_pair(merge) for merge in model["merges"]]
-    applied = _applied_merges(tokenizer, unique_texts, {pair: rank for rank, pair in enumerate(merges)})
-    kept = {token for token in old_ids if _in_alphabet(token)}
-    kept |= {"".join(pair) for pair in applied} | {piece for pair in applied for piece in pair}
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    kept |= {token for token in special if token in old_ids}
-    kept |= {token for token in (model.get("unk_token"),) if token}
+    before = tokenizer.encode_batch(unique_texts)
+    used = {token for encoding in before for token in encoding.tokens} & old_ids.keys() - special.keys()
+    merges = [_pair(merge) for merge in model["merges"]]
+    rank = {pair: number for number, pair in enumerate(merges)}
+    applied = {pair for token in used if not _in_alphabet(token) for pair in _merges_of(token, rank)}
+    kept = used | {token for token in old_ids if _in_alphabet(token)}
+    kept |= {"".join(pair) for pair in applied} | {piece for pair in applied for piece in pair}
+    kept |= special.keys() | {token for token in (model.get("unk_token"),) if token}
     tokens = sorted(kept & old_ids.keys(), key=old_ids.__getitem__)
     model["vocab"] = {token: index for index, token in enumerate(tokens)}
     model["merges"] = [list(pair) for pair in merges if pair in applied]
@@ -63,7 +67,7 @@ def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str]) -> TrimmedVocabu
     _renumber_post_processor(spec.get("post_processor"), new_ids)
     trimmed = Tokenizer.from_str(json.dumps(spec))
     kept_ids = (*(old_ids[token] for token in tokens), *(special[token] for token in outside))
-    _prove_same(tokenizer, trimmed, kept_ids, unique_texts)
+    _prove_same(tokenizer, trimmed, kept_ids, unique_texts, before)
     return TrimmedVocabulary(trimmed, kept_ids)
 
 
@@ -88,26 +92,11 @@ def _in_alphabet(token: str) -> bool:
     return len(token) == 1 or (len(token) == 6 and token.startswith("<0x") and token.endswith(">"))
 
 
-def _applied_merges(
-    tokenizer: Tokenizer, texts: Sequence[str], rank: dict[tuple[str, str], int]
-) -> set[tuple[str, str]]:
-    special = sorted((token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True)
-    apart = re.compile("|".join(map(re.escape, special)) if special else r"(?!)")
-    words: set[str] = set()
-    for piece in {piece for text in texts for piece in apart.split(text) if piece}:
-        normalized = tokenizer.normalizer.normalize_str(piece) if tokenizer.normalizer else piece
-        if tokenizer.pre_tokenizer is None:
-            words.add(normalized)
-        else:
-            words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
-    applied: set[tuple[str, str]] = set()
-    for word in words:
-        applied |= _merges_of(word, rank)
-    return applied
-
-
 def _merges_of(word: str, rank: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
-    """The merges that byte-pair encoding applies to one word, lowest rank first."""
+    """The merges that byte-pair encoding applies to ``word``, lowest rank first.
+
+    A token alone is merged as it was inside its text: no merge crossed its ends there, so none changed the order within.
+    """
     pieces, applied = list(word), set()
     while len(pieces) > 1:
         best = min(itertools.pairwise(pieces), key=lambda pair: rank.get(pair, len(rank)))
@@ -138,8 +127,10 @@ def _renumber_post_processor(processor: dict[str, Any] | None, new_ids: dict[str
                 part[name][1] = new_ids[part[name][0]]
 
 
-def _prove_same(full: Tokenizer, trimmed: Tokenizer, kept_ids: Sequence[int], texts: Sequence[str]) -> None:
-    for text, old, new in zip(texts, full.encode_batch(texts), trimmed.encode_batch(texts), strict=True):
+def _prove_same(
+    full: Tokenizer, trimmed: Tokenizer, kept_ids: Sequence[int], texts: Sequence[str], before: Sequence[Encoding]
+) -> None:
+    for text, old, new in zip(texts, before, trimmed.encode_batch(texts), strict=True):
         if old.ids != [kept_ids[i] for i in new.ids] or full.decode(old.ids) != trimmed.decode(new.ids):
             raise ModelError(
                 f"The trimmed vocabulary would read {text[:80]!r} differently.",
