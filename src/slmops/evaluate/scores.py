@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -86,6 +86,21 @@ class Scores:
     predictions: list[str] = field(default_factory=list)
     classes: tuple[ClassScore, ...] = ()
     confusions: tuple[Confusion, ...] = ()
+
+    def first(self, rows: int, *, seed: int) -> Scores:
+        """These scores on the first ``rows`` rows alone, for comparison with a model that was asked no more."""
+        if self.rows <= rows:
+            return self
+        per_row = self.per_row[:rows]
+        interval = bootstrap_interval(per_row, seed)
+        return replace(
+            self,
+            value=float(per_row.mean()),
+            ci95=interval,
+            rows=rows,
+            per_row=per_row,
+            predictions=self.predictions[:rows],
+        )
 
     def summary(self) -> dict[str, Any]:
         """``{"value", "ci95": [lo, hi], "rows"}``, as the report has it."""

@@ -1,0 +1,131 @@
+"""The whole way, in order: data → teacher → student → compress → evaluate → package.
+
+This package alone knows the order. Each stage is asked for by the digest of what it reads, how it is set and which
+code it is, so a run that was stopped goes on where it was, and a run that changes one thing redoes what follows from it
+and no more.
+
+::
+
+    teach   data, teacher, answers, student
+    prove   export, score, measure, judge
+    ship    bundle, and the folder where a person finds it
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmops.artifacts import Bundle, Variant
+from slmops.compress import export_generator
+from slmops.distill import check_remote_allowed
+from slmops.errors import RecipeError
+from slmops.models import fetch_model
+from slmops.pipeline.context import Context
+from slmops.pipeline.prove import evaluate
+from slmops.pipeline.ship import package, publish
+from slmops.pipeline.teach import ask_for_answers, check_fits, make_student, make_teacher, prepare_data
+from slmops.progress import ProgressSink, ignore
+from slmops.recipe import Precision, Recipe
+from slmops.store import Store, code_version
+
+__all__ = ["RunResult", "base_variant", "run_recipe"]
+
+SERVED_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """``report`` is the content of ``folder/report.json``. ``reused``: every stage was found done."""
+
+    report: Mapping[str, Any]
+    folder: Path
+    bundle: Bundle
+    reused: bool
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.report["passed"])
+
+
+def run_recipe(
+    recipe: Recipe,
+    store: Store,
+    *,
+    out: Path | None = None,
+    offline: bool = False,
+    progress: ProgressSink = ignore,
+) -> RunResult:
+    """Do all that ``recipe`` asks for and is not done yet.
+
+    ``out`` (default: ``runs/<name>`` in the store) receives ``report.json``, ``report.html`` and ``bundle/``.
+
+    Raises:
+        SlmopsError: any stage's own; what was finished before stays done.
+    """
+    started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    context = Context(recipe, store, offline, progress)
+    _check(recipe)
+    data = prepare_data(context)
+    check_fits(context)
+    teacher = make_teacher(context, data)
+    answers = ask_for_answers(context, data, teacher)
+    student = make_student(context, "student", answers, taught=True)
+    untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
+    report = evaluate(context, data, teacher, student, untaught)
+    bundle = package(context, report, data, teacher, student)
+    folder = out or store.root / "runs" / recipe.name
+    publish(context, folder, report, bundle)
+    content = json.loads((folder / "report.json").read_text("utf-8"))
+    outcome = "passed" if content["passed"] else "gate failed"
+    store.record_run(recipe.name, started_at=started_at, outcome=outcome, report_digest=report.digest)
+    return RunResult(content, folder, bundle, context.reused)
+
+
+def base_variant(
+    source: str, store: Store, *, precision: Precision = "int4", offline: bool = False, progress: ProgressSink = ignore
+) -> Variant:
+    """A language model as it was published, made ready to be served: for a look, or as a teacher on this machine.
+
+    Raises:
+        ModelError, ConversionError: as fetching and exporting do.
+    """
+    model = fetch_model(source, offline=offline, progress=progress)
+    name = source.partition(":")[2].partition("@")[0].rsplit("/", 1)[-1] or model.path.name
+    return store.stage(
+        f"base-{precision}",
+        Variant,
+        inputs={"model": model.digest},
+        config={"precision": precision, "name": name},
+        code_version=code_version("slmops.compress"),
+        build=lambda draft: export_generator(
+            model.path,
+            draft,
+            precision=precision,
+            task="generation",
+            name=name,
+            max_tokens=SERVED_MAX_TOKENS,
+            system=None,
+            progress=progress,
+        ),
+    ).artifact
+
+
+def _check(recipe: Recipe) -> None:
+    """What can be known to be wrong before any work is done."""
+    check_remote_allowed(recipe.teacher, recipe.privacy)
+    wanted = recipe.compress.choose
+    if wanted != "auto" and wanted not in recipe.compress.precisions:
+        raise RecipeError(
+            f"compress.choose is {wanted}, which is not among compress.precisions.",
+            remedy=f"Add it there, or choose one of {', '.join(recipe.compress.precisions)}.",
+        )
+    if recipe.closed and not recipe.teacher.remote and not recipe.teacher.adapt:
+        raise RecipeError(
+            f"teacher.adapt is false, but {recipe.teacher.model} has no head for these labels.",
+            remedy="Set teacher.adapt: true, or ask a model behind a server (openai:MODEL).",
+        )

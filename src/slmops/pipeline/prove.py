@@ -1,0 +1,381 @@
+"""Export, score, measure, judge: the half of a run that proves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Message, Report, Row, Variant
+from slmops.compress import export_classifier, export_generator, torch_variant
+from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, teacher_messages
+from slmops.errors import TeacherError
+from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
+from slmops.evaluate.choose import Candidate, choose, gates_of
+from slmops.evaluate.cost import cost_per_1000, cost_per_1000_by_tokens
+from slmops.evaluate.gates import verdict
+from slmops.evaluate.machine import machine_facts
+from slmops.evaluate.measure import Measurement, measure_interleaved
+from slmops.evaluate.report_html import render_report
+from slmops.evaluate.scores import Scores, score_classifier, score_generator, score_predictions
+from slmops.evaluate.significance import compare
+from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report
+from slmops.pipeline.context import Context
+from slmops.pipeline.teach import ADAPT_KEYS
+from slmops.progress import Progress, ProgressSink
+from slmops.recipe import Precision, Recipe, recipe_json
+from slmops.runtime import GenerationRequest, open_classifier, open_generator
+from slmops.trust import digest_json
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A variant, what it was made from, and what was found out about it."""
+
+    variant: Variant
+    checkpoint: Checkpoint
+    candidate: Candidate
+
+
+def evaluate(
+    context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint, untaught: Checkpoint | None
+) -> Report:
+    """Export, score and measure everything, on the same rows and in the same time window; then judge."""
+    measured = _measured(context, data, teacher, student)
+    baselines = _baselines(context, data, untaught)
+    teacher_entry = (
+        _remote_teacher_entry(context, data) if teacher is None else _entry(context, measured["teacher-torch"])
+    )
+    histories = {"student": _history(student.path)} | ({"teacher": _history(teacher.path)} if teacher else {})
+    inputs: dict[str, Artifact | str] = {name: one.variant for name, one in measured.items()}
+    inputs["data"] = data
+    inputs["measurements"] = digest_json({name: one.candidate.measurement.to_json() for name, one in measured.items()})
+    inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
+    inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
+
+    def build(draft: Draft) -> None:
+        content = {**_judge(context, teacher_entry, measured, baselines, data), "history": histories}
+        _write_report(draft, content)
+        (draft.path / "report.html").write_text(render_report(content), "utf-8")
+
+    return context.stage(
+        "report", Report, inputs, {"recipe": recipe_json(context.recipe)}, ["slmops.evaluate", "slmops.pipeline"], build
+    )
+
+
+def _measured(context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> dict[str, _Measured]:
+    compress = context.recipe.compress
+    sources: list[tuple[str, Checkpoint, tuple[Precision, ...]]] = [("student", student, compress.precisions)]
+    if teacher is not None:
+        sources.insert(0, ("teacher", teacher, compress.teacher_precisions))
+    checkpoints: dict[str, Checkpoint] = {}
+    variants: dict[str, Variant] = {}
+    for who, checkpoint, precisions in sources:
+        variants[f"{who}-torch"] = as_trained(context, who, checkpoint)
+        variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
+        checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
+    scores = {name: _scores(context, name, variant, data) for name, variant in variants.items()}
+    measurements = _measure(context, variants, data)
+    return {
+        name: _Measured(
+            variant, checkpoints[name], Candidate(name, variant.model_bytes, scores[name], measurements[name])
+        )
+        for name, variant in variants.items()
+    }
+
+
+def as_trained(context: Context, who: str, checkpoint: Checkpoint) -> Variant:
+    recipe = context.recipe
+    return context.stage(
+        f"{who}-torch",
+        Variant,
+        {"checkpoint": checkpoint},
+        {"name": recipe.name, "max_tokens": recipe.train.max_tokens},
+        ["slmops.compress"],
+        lambda draft: torch_variant(
+            checkpoint.path,
+            draft,
+            form=context.form,
+            task=recipe.task,
+            name=recipe.name,
+            max_tokens=recipe.train.max_tokens,
+            system=context.system,
+        ),
+    )
+
+
+def exported(context: Context, who: str, checkpoint: Checkpoint, precision: Precision) -> Variant:
+    recipe = context.recipe
+    common: dict[str, Any] = {
+        "precision": precision,
+        "task": recipe.task,
+        "name": recipe.name,
+        "max_tokens": recipe.train.max_tokens,
+        "progress": context.progress,
+    }
+    build: Callable[[Path, Draft], None]
+    if recipe.closed:
+        build = partial(export_classifier, **common)
+    else:
+        build = partial(export_generator, system=context.system, **common)
+    return context.stage(
+        f"{who}-{precision}",
+        Variant,
+        {"checkpoint": checkpoint},
+        {"precision": precision, "name": recipe.name, "max_tokens": recipe.train.max_tokens},
+        ["slmops.compress"],
+        lambda draft: build(checkpoint.path, draft),
+    )
+
+
+def _scores(context: Context, who: str, variant: Variant, data: Dataset) -> Scores:
+    recipe = context.recipe
+
+    def build(draft: Draft) -> None:
+        rows = context.test_rows(data)
+        report = partial(_rename, context.progress, f"score {who}")
+        threads = recipe.evaluate.threads
+        if recipe.closed:
+            classifier = open_classifier(variant.model_path, threads=threads)
+            scores = score_classifier(classifier, rows, task=recipe.task, seed=recipe.seed, progress=report)
+            classifier.close()
+        else:
+            generator = open_generator(variant.model_path, threads=threads)
+            scores = score_generator(
+                generator,
+                rows,
+                task=recipe.task,
+                max_new_tokens=recipe.evaluate.max_new_tokens,
+                to_messages=context.student_messages,
+                seed=recipe.seed,
+                progress=report,
+            )
+            generator.close()
+        _write_report(draft, scores.to_json())
+
+    report = context.stage(
+        f"score-{who}",
+        Report,
+        {"variant": variant, "data": data},
+        {"rows": recipe.evaluate.max_rows, "max_new_tokens": recipe.evaluate.max_new_tokens},
+        ["slmops.evaluate", "slmops.runtime"],
+        build,
+    )
+    return Scores.from_json(report.content)
+
+
+def _measure(context: Context, variants: Mapping[str, Variant], data: Dataset) -> dict[str, Measurement]:
+    recipe = context.recipe
+
+    def build(draft: Draft) -> None:
+        rows = context.test_rows(data)
+        requests: list[str] | list[GenerationRequest]
+        if recipe.closed:
+            requests = [row.text for row in _cycle(rows, recipe.evaluate.latency_requests)]
+        else:
+            requests = [
+                GenerationRequest(context.student_messages(row), max_tokens=64)
+                for row in _cycle(rows, max(5, recipe.evaluate.latency_requests // 20))
+            ]
+        found = measure_interleaved(
+            {name: variant.model_path for name, variant in variants.items()},
+            form=context.form,
+            requests=requests,
+            threads=recipe.evaluate.threads,
+            limit_s=30.0,
+            progress=context.progress,
+        )
+        _write_report(draft, {name: measurement.to_json() for name, measurement in found.items()})
+
+    report = context.stage(
+        "measure",
+        Report,
+        {**variants, "data": data},
+        {"requests": recipe.evaluate.latency_requests, "threads": recipe.evaluate.threads},
+        ["slmops.evaluate", "slmops.runtime"],
+        build,
+    )
+    return {name: Measurement.from_json(raw) for name, raw in report.content.items()}
+
+
+def _baselines(context: Context, data: Dataset, untaught: Checkpoint | None) -> dict[str, BaselineEntry]:
+    recipe = context.recipe
+
+    def build(draft: Draft) -> None:
+        found = baseline_scores(data, recipe.seed, task=recipe.task)
+        _write_report(draft, {name: scores.to_json() for name, scores in found.items()})
+
+    report = context.stage(
+        "baselines", Report, {"data": data}, {}, ["slmops.evaluate.baselines", "slmops.evaluate.metrics"], build
+    )
+    found = {name: Scores.from_json(raw) for name, raw in report.content.items()}
+    rows = len(context.test_rows(data))
+    entries = {
+        name: BaselineEntry(
+            scores.first(rows, seed=recipe.seed),
+            DESCRIPTIONS[name],
+            size_bytes=_whole(scores.others.get("size_bytes")),
+            latency_ms_p50=scores.others.get("latency_ms_p50"),
+            artifact=report.digest,
+        )
+        for name, scores in found.items()
+    }
+    if untaught is not None:
+        variant = as_trained(context, "untaught", untaught)
+        entries["untaught"] = BaselineEntry(
+            _scores(context, "untaught", variant, data),
+            DESCRIPTIONS["untaught"],
+            size_bytes=variant.model_bytes,
+            artifact=variant.digest,
+        )
+    return entries
+
+
+def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
+    """The teacher behind a server, asked the test rows. Its size and memory are not for us to see."""
+    recipe = context.recipe
+
+    def build(draft: Draft) -> None:
+        rows = context.test_rows(data)
+        asker = OpenAITeacher(recipe.teacher, seed=recipe.seed)
+        hide = context.redact or str
+        messages = [teacher_messages(recipe.task, data.labels, row, recipe.teacher.system) for row in rows]
+        requests = [
+            GenerationRequest(
+                tuple(Message(m.role, hide(m.content)) for m in conversation),
+                max_tokens=recipe.teacher.max_tokens,
+                temperature=0.0,
+            )
+            for conversation in messages
+        ]
+        answers, tokens = [""] * len(rows), 0
+        for done, (index, outcome) in enumerate(asker.answer(requests), start=1):
+            if not isinstance(outcome, TeacherFailure):
+                checked = check_answer(recipe.task, data.labels, rows[index], outcome.text, outcome.finish_reason)
+                closed_answer = checked.normalized if recipe.closed else None
+                answers[index] = closed_answer or outcome.text
+                tokens += outcome.prompt_tokens + outcome.completion_tokens
+            context.progress(Progress("score teacher", done, len(rows)))
+        if not any(answers):
+            raise TeacherError(f"{asker.identity} answered none of the {len(rows)} test rows.")
+        scores = score_predictions(
+            answers, [row.target or "" for row in rows], task=recipe.task, labels=data.labels, seed=recipe.seed
+        )
+        _write_report(draft, {"scores": scores.to_json(), "tokens_per_request": tokens / len(rows)})
+
+    report = context.stage(
+        "score-teacher",
+        Report,
+        {"data": data},
+        {
+            "rows": recipe.evaluate.max_rows,
+            "teacher": recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"}),
+        },
+        ["slmops.distill", "slmops.evaluate", "slmops.data.redact"],
+        build,
+    )
+    price = recipe.evaluate.teacher_price_per_million_tokens
+    tokens = float(report.content["tokens_per_request"])
+    return ModelEntry(
+        id="teacher",
+        scores=Scores.from_json(report.content["scores"]),
+        runtime=recipe.teacher.model,
+        cost_per_1000=None if price is None else cost_per_1000_by_tokens(tokens, price),
+        artifact=report.digest,
+    )
+
+
+def _entry(context: Context, measured: _Measured) -> ModelEntry:
+    description, found = measured.variant.description, measured.candidate
+    return ModelEntry(
+        id=found.id,
+        scores=found.scores,
+        parameters=int(measured.checkpoint.manifest.metrics.get("parameters") or description["parameters"]),
+        size_bytes=found.size_bytes,
+        measurement=found.measurement,
+        cost_per_1000=cost_per_1000(found.measurement.throughput_per_s, context.recipe.evaluate.price_per_hour),
+        runtime=description["runtime"],
+        precision=description["precision"],
+        artifact=measured.variant.digest,
+    )
+
+
+def _judge(
+    context: Context,
+    teacher: ModelEntry,
+    measured: Mapping[str, _Measured],
+    baselines: Mapping[str, BaselineEntry],
+    data: Dataset,
+) -> dict[str, Any]:
+    recipe = context.recipe
+    chosen, gates = choose(
+        [
+            (
+                candidate,
+                gates_of(_way_to(candidate, measured), teacher.scores, recipe.gates, recipe.budget, recipe.seed),
+            )
+            for candidate in _candidates(recipe, measured)
+        ]
+    )
+    rivals: dict[str, BaselineEntry | ModelEntry] = {**baselines, "teacher": teacher}
+    return build_report(
+        name=recipe.name,
+        task=recipe.task,
+        machine=machine_facts(),
+        teacher=teacher,
+        student=_entry(context, measured[chosen.id]),
+        variants=[_entry(context, one) for one in measured.values()],
+        baselines=baselines,
+        gates=gates,
+        verdict=verdict(
+            chosen.scores,
+            teacher.scores,
+            gates=gates,
+            baselines={entry.description: entry.scores for entry in baselines.values()},
+            seed=recipe.seed,
+        ),
+        bundle="",
+        wall_s=context.wall_s,
+        comparisons={
+            f"student_vs_{name}": compare(rival.scores.per_row, chosen.scores.per_row, seed=recipe.seed)
+            for name, rival in rivals.items()
+        },
+        extra={"data": data.summary, "currency": recipe.evaluate.currency, "seed": recipe.seed},
+    )
+
+
+def _candidates(recipe: Recipe, measured: Mapping[str, _Measured]) -> list[Candidate]:
+    """The student's exported forms that may go into the bundle."""
+    wanted = recipe.compress.precisions if recipe.compress.choose == "auto" else (recipe.compress.choose,)
+    return [measured[f"student-{precision}"].candidate for precision in wanted]
+
+
+def _way_to(candidate: Candidate, measured: Mapping[str, _Measured]) -> list[Candidate]:
+    """The forms that the candidate's weights went through: as trained, the fp32 graph, its own."""
+    before = [measured[name].candidate for name in ("student-torch", "student-fp32") if name in measured]
+    return [*(one for one in before if one.id != candidate.id), candidate]
+
+
+def _rename(progress: ProgressSink, task: str, event: Progress) -> None:
+    progress(Progress(task, event.done, event.total, event.unit, event.note))
+
+
+def _cycle(rows: Sequence[Row], count: int) -> Iterator[Row]:
+    return (rows[index % len(rows)] for index in range(count))
+
+
+def _write_report(draft: Draft, content: Mapping[str, Any]) -> None:
+    (draft.path / "report.json").write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), "utf-8")
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    path = folder / "history.json"
+    history: list[dict[str, float]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    return history
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,68 @@
+"""Bundle, and the folder where a person finds report and bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from slmops.artifacts import Bundle, Checkpoint, Dataset, Report
+from slmops.package import build_bundle
+from slmops.pipeline.context import Context
+from slmops.pipeline.prove import exported
+from slmops.recipe import recipe_json
+
+
+def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> Bundle:
+    recipe = context.recipe
+    content = report.content
+    precision = content["student"]["precision"]
+    variant = exported(context, "student", student, precision)
+    lineage = {"dataset": data.digest, "student": student.digest, "report": report.digest}
+    if teacher is not None:
+        lineage["teacher"] = teacher.digest
+    return context.stage(
+        "bundle",
+        Bundle,
+        {"variant": variant, "report": report},
+        {"recipe": recipe_json(recipe)},
+        ["slmops.package"],
+        lambda draft: build_bundle(
+            variant=variant,
+            report=content,
+            recipe=recipe_json(recipe),
+            licenses=_licenses(context),
+            lineage=lineage,
+            draft=draft,
+            report_html=(report.path / "report.html").read_text("utf-8"),
+        ),
+    )
+
+
+def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None:
+    """Put report and bundle where a person looks for them."""
+    out.mkdir(parents=True, exist_ok=True)
+    shipped = out / "bundle"
+    if not shipped.exists() or Bundle.open(shipped).digest != bundle.digest:
+        fresh = out / ".bundle.tmp"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(bundle.path, fresh)
+        shutil.rmtree(shipped, ignore_errors=True)
+        fresh.rename(shipped)
+    content = {**report.content, "bundle": str(shipped), "wall_s": context.wall_s}
+    _replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
+
+
+def _licenses(context: Context) -> dict[str, str]:
+    model = context.named_student or context.base
+    return {
+        "base-model": f"{model.source}: {model.license or 'no licence stated; ask whoever published it'}\n",
+        "data": f"{Path(context.recipe.data.train).name}: as stated by whoever gave it; slmops has not checked it\n",
+    }
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
