@@ -38,6 +38,8 @@ accuracy above 1e-4 without."""
 NAMED_STUDENT_LEARNING_RATE = 1e-4
 HEAD_LEARNING_RATE = 2e-3
 BATCH_SIZE = 64
+SMALLEST_BATCH = 16
+TEACHER_STEPS_AT_LEAST = 250
 STUDENT_LEARNING_RATE = 1e-3
 STUDENT_SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
 STUDENT_STEPS_AT_LEAST = 1500
@@ -81,7 +83,7 @@ def adapt_classifier(
     objective = _StateObjective(
         states["train"], _targets(rows["train"], labels), states["validation"], _targets(rows["validation"], labels)
     )
-    batch_size = train.batch_size or BATCH_SIZE
+    batch_size = train.batch_size or _teacher_batch_size(len(rows["train"]), config.adapt_epochs)
     steps = steps_for(len(rows["train"]), batch_size, config.adapt_epochs)
     head = list(upper.head.parameters())
     body = [p for p in upper.backbone.parameters() if p.requires_grad]
@@ -360,6 +362,11 @@ def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConf
     if student.vocabulary == "keep":
         return TrimmedVocabulary(tokenizer, tuple(range(tokenizer.get_vocab_size())))
     return trim_vocabulary(tokenizer, texts, common_merges=COMMON_MERGES if len(texts) < FEW_ROWS else 0)
+
+
+def _teacher_batch_size(rows: int, epochs: float) -> int:
+    """Few rows make small batches: what counts is how often the weights move."""
+    return max(SMALLEST_BATCH, min(BATCH_SIZE, round(rows * epochs / TEACHER_STEPS_AT_LEAST)))
 
 
 def _student_steps(rows: int, train: TrainConfig, *, fresh: bool) -> int:
