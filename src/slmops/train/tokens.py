@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.processors import Sequence as Sequential
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from slmops.errors import ModelError
@@ -32,14 +31,33 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def with_end_token(tokenizer: Tokenizer, end_token: str) -> Tokenizer:
     """A copy that closes every text with ``end_token``: in a causal model that position has read the whole text.
 
-    It becomes part of ``tokenizer.json``, so training and every runtime encode alike.
+    It becomes part of ``tokenizer.json``, so training and every runtime encode alike. A tokenizer that closes its texts
+    already stays as it is.
     """
-    closing: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    end_id = closing.token_to_id(end_token)
-    template = TemplateProcessing(single=f"$A {end_token}", special_tokens=[(end_token, end_id)])
-    before = closing.post_processor
-    closing.post_processor = template if before is None else Sequential([before, template])
-    return closing
+    spec = json.loads(tokenizer.to_str())
+    end = {"id": end_token, "ids": [tokenizer.token_to_id(end_token)], "tokens": [end_token]}
+    closing = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    before = spec["post_processor"]
+    parts = [] if before is None else before.get("processors", [before])
+    # Two templates in a row do not work: the second takes what the first put in front for a text of its own.
+    template = next((part for part in parts if part["type"] in _CLOSING_TYPES), None)
+    if template is None:
+        parts = [*parts, template := closing]
+    if template["type"] == "TemplateProcessing":
+        last = template["single"][-1].get("SpecialToken", {})
+        if last.get("id") != end_token:
+            template["single"].append({"SpecialToken": {"id": end_token, "type_id": 0}})
+            template["special_tokens"][end_token] = end
+    spec["post_processor"] = parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+_CLOSING_TYPES = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -54,6 +54,7 @@ def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], *, common_merges
     merges = [_pair(merge) for merge in model["merges"]]
     rank = {pair: number for number, pair in enumerate(merges)}
     applied = {pair for token in used if not _in_alphabet(token) for pair in _merges_of(token, rank)}
+    applied |= set(merges[:common_merges])
     kept = used | {token for token in old_ids if _in_alphabet(token)}
     kept |= {"".join(pair) for pair in applied} | {piece for pair in applied for piece in pair}
     kept |= special.keys() | {token for token in (model.get("unk_token"),) if token}
@@ -95,7 +96,8 @@ def _in_alphabet(token: str) -> bool:
 def _merges_of(word: str, rank: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
     """The merges that byte-pair encoding applies to ``word``, lowest rank first.
 
-    A token alone is merged as it was inside its text: no merge crossed its ends there, so none changed the order within.
+    A token alone is merged as it was inside its text: no merge crossed its ends there, so the order within was
+    the same.
     """
     pieces, applied = list(word), set()
     while len(pieces) > 1:
