@@ -1,0 +1,161 @@
+"""Numbers, units and keys as a person reads them. Whatever is None becomes :data:`MISSING`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from slmops.evaluate.gates import p_in_words
+
+MISSING = "–"
+SPACE = "\u00a0"  # a number and its unit stay on one line
+DIGEST_DIGITS = 12  # as `slmops trace` prints them
+
+_METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "numeric_match": "right final numbers",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU (0–100)",
+    "slot_f1": "slot F1",
+    "slot_f1_micro": "slot F1, micro",
+    "macro_f1": "macro F1",
+    "format_valid": "valid form",
+    "json_valid": "valid JSON",
+    "nll": "NLL, nats",
+    "ece": "calibration error",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "cut_off": "cut off",
+    "answer_tokens": "answer, tokens",
+    "unknown_label_rows": "rows of unknown label",
+    "tokens_per_s": "tokens/s, one request",
+    "batch_tokens_per_s": "tokens/s, batch",
+    "ttft_ms": "first text, ms (p50)",
+    "load_s": "loading, s",
+}
+_SHARES = {
+    *("accuracy", "exact_match", "numeric_match", "rouge_l", "slot_f1", "slot_f1_micro", "macro_f1"),
+    *("format_valid", "json_valid", "ece", "cut_off", "share"),
+}
+
+
+def metric_name(key: str) -> str:
+    return _METRIC_NAMES.get(key, key.replace("_", " "))
+
+
+def metric_value(value: float | None, key: str) -> str:
+    return percent(value) if key in _SHARES else significant(value)
+
+
+def significant(value: float | None) -> str:
+    """Three digits that count: 17,401 · 94.9 · 2.72 · 0.0384."""
+    if value is None:
+        return MISSING
+    size = abs(value)
+    if size >= 99.95 or (size == int(size) and size < 1000):
+        return f"{value:,.0f}"
+    if size >= 0.001:
+        return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    return f"{value:.2e}"
+
+
+def whole(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    return MISSING if share is None else f"{100 * share:.{decimals}f}{SPACE}%"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """``90.8 – 92.7``, in percent."""
+    return MISSING if ends is None else f"{100 * ends[0]:.1f}{SPACE}–{SPACE}{100 * ends[1]:.1f}"
+
+
+def size(value: float | None) -> str:
+    """Decimal units, as a disk's label has them."""
+    if value is None:
+        return MISSING
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{significant(value)}{SPACE}{unit}"
+        value /= 1000
+    return f"{significant(value)}{SPACE}TB"
+
+
+def count(value: float | None) -> str:
+    """135 M parameters."""
+    if value is None:
+        return MISSING
+    for unit, below in (("", 1e3), ("k", 1e6), ("M", 1e9)):
+        if abs(value) < 0.9995 * below:
+            return f"{significant(value * 1000 / below)}{SPACE}{unit}".rstrip()
+    return f"{significant(value / 1e9)}{SPACE}B"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"<{SPACE}0.01{SPACE}ms" if 0 < value < 0.01 else f"{significant(value)}{SPACE}ms"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 59.5:
+        return f"{seconds:.{0 if seconds >= 9.95 else 1}f}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{SPACE}min {rest:02d}{SPACE}s"
+    return f"{minutes // 60}{SPACE}h {minutes % 60:02d}{SPACE}min"
+
+
+def digest(value: str) -> str:
+    return value[:DIGEST_DIGITS]
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """The value of a gate. ``unit``: ``share``, the name of a metric, ``MB``, ``ms`` or nothing."""
+    if unit in _SHARES:
+        return percent(value)
+    return MISSING if value is None else f"{significant(value)}{SPACE}{unit}".rstrip()
+
+
+def times(before: float | None, after: float | None, less: str, more: str) -> tuple[str, str]:
+    """``("199×", "smaller")``: how many times less ``after`` is. A dash where either is not known."""
+    if not before or not after:
+        return MISSING, less
+    factor, word = (before / after, less) if before >= after else (after / before, more)
+    return f"{factor:,.0f}×" if factor >= 9.95 else f"{factor:.1f}×", word
+
+
+def comparison(test: Mapping[str, Any], other: str) -> str:
+    """A paired test of the student (b) and ``other`` (a): what follows "The student is"."""
+    difference, rows = test["difference"], test["rows"]
+    low, high = (100 * end for end in test["ci95"])
+    ends = f"95{SPACE}% interval of the difference {low:+.1f} to {high:+.1f}"
+    won = f"{test['b_only']:,} rows are better with the student, {test['a_only']:,} with {other}, of {rows:,}"
+    if difference == 0:
+        return f"as good as {other} ({ends}); {won}."
+    word = "better" if difference > 0 else "worse"
+    noise = "beyond noise" if test["significant"] else "within noise"
+    points = f"{100 * abs(difference):.1f} points {word} than {other}"
+    return f"{points}, {noise} ({p_in_words(test['p_value'])}; {ends}); {won}."
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "count": count,
+    "digest": digest,
+    "duration": duration,
+    "interval": interval,
+    "metric_name": metric_name,
+    "metric_value": metric_value,
+    "milliseconds": milliseconds,
+    "percent": percent,
+    "quantity": quantity,
+    "significant": significant,
+    "size": size,
+    "whole": whole,
+}
