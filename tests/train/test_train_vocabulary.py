@@ -354,6 +354,16 @@ def test_encode_texts_cuts_and_never_returns_nothing() -> None:
     assert found[1] == tokenizer.encode("where is my card").ids[:3]
     assert [len(ids) for ids in found] == [1, 3, 3]
     assert encode_texts(tokenizer, [], 3) == []
+    assert len(tokenizer.encode("x" * 500).ids) > 3, "the cut stayed behind"
+
+
+def test_a_cut_text_is_still_closed() -> None:
+    """As the runtimes do it: the model has seen the end token behind every text, long ones too."""
+    closing = with_end_token(byte_level(), "<|im_end|>")
+    [ids] = encode_texts(closing, ["where is my card " * 50], 6)
+    assert len(ids) == 6
+    assert ids[-1] == closing.token_to_id("<|im_end|>")
+    assert ids[:5] == byte_level().encode("where is my card " * 50).ids[:5]
 
 
 def test_pad() -> None:
@@ -366,4 +376,15 @@ def test_pad() -> None:
 def test_a_folder_without_a_fast_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer\.json") as caught:
         load_tokenizer(tmp_path)
-    assert caught.value.remedy == "Save the model with its fast tokenizer."
+    assert caught.value.remedy == "Name the folder of a model with a fast tokenizer."
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_is_told_not_to(tmp_path: Path) -> None:
+    full = Tokenizer.from_str(byte_level().to_str())
+    full.enable_truncation(2)
+    full.enable_padding(length=50)
+    full.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("where is my card").ids == byte_level().encode("where is my card").ids

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from slmops.artifacts import Dataset, Draft, Row, read_jsonl
+from slmops.chat.files import read_object, token_text
 from slmops.errors import DataError
 from slmops.models.classifier import PooledClassifier, classifier_from_language_model, save_classifier
 from slmops.progress import Progress, ProgressSink, ignore
@@ -138,11 +139,11 @@ def train_classifier_student(
     targets = _targets(rows["train"], labels)
     signals: np.ndarray | None = None
     if distill is not None:
-        signals = _signals(dataset, "train", len(texts))
+        signals = _signals(dataset, "train", len(texts), len(labels))
         transfer_path = dataset.path / "transfer.jsonl"
         if transfer_path.exists():
             transfer = [raw["text"] for raw in read_jsonl(transfer_path)]
-            signals = np.concatenate([signals, _signals(dataset, "transfer", len(transfer))])
+            signals = np.concatenate([signals, _signals(dataset, "transfer", len(transfer), len(labels))])
             texts += transfer
             targets += [IGNORED_LABEL] * len(transfer)
     source = named_model or teacher_folder
@@ -340,22 +341,28 @@ def _targets(rows: Sequence[Row], labels: tuple[str, ...]) -> list[int]:
     return [IGNORED_LABEL if row.target is None else index[row.target] for row in rows]
 
 
-def _signals(dataset: Dataset, split: str, rows: int) -> np.ndarray:
+def _signals(dataset: Dataset, split: str, rows: int, labels: int) -> np.ndarray:
     path = dataset.path / f"teacher_{split}.npy"
     if not path.exists():
         raise DataError(f"There are no teacher's signals: {path.name} is missing.", path=dataset.path)
-    signals = np.load(path)
+    try:
+        signals = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path.name} cannot be read: {error}.", path=dataset.path) from None
     if len(signals) != rows:
         raise DataError(f"{path.name} has {len(signals)} rows where the split has {rows}.", path=dataset.path)
+    if signals.shape[1:] != (labels,):
+        raise DataError(
+            f"{path.name} has {signals.shape[-1]} columns where the data set has {labels} labels.", path=dataset.path
+        )
     return cast(np.ndarray, signals.astype(np.float32))
 
 
 def _closing_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    end_token = config.get("eos_token")
-    end_token = end_token["content"] if isinstance(end_token, dict) else end_token
-    return with_end_token(tokenizer, end_token) if end_token else tokenizer
+    end_token = token_text(read_object(folder / "tokenizer_config.json").get("eos_token"))
+    known = end_token is not None and tokenizer.token_to_id(end_token) is not None
+    return with_end_token(tokenizer, end_token) if end_token and known else tokenizer
 
 
 def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConfig) -> TrimmedVocabulary:
@@ -383,7 +390,7 @@ def _save(
 ) -> None:
     save_classifier(classifier, draft.path)
     tokenizer.save(str(draft.path / "tokenizer.json"))
-    config = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
+    config = read_object(source / "tokenizer_config.json")
     (draft.path / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
     (draft.path / "history.json").write_text(json.dumps(history, indent=1), "utf-8")
     draft.metrics["parameters"] = classifier.parameters_count

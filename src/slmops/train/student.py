@@ -79,11 +79,16 @@ def shallow_copy(teacher_folder: Path, kept_ids: tuple[int, ...] | None, layers:
     """A causal language model with ``layers`` of the teacher's, spread evenly, the first and the last among them.
 
     Raises:
-        ModelError: more layers are asked for than the teacher has.
+        ModelError: more layers are asked for than the teacher has, or its layers cannot be taken apart.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    if not hasattr(getattr(model, "model", None), "layers"):
+        raise ModelError(
+            f"No student can be cut from a {type(model).__name__}: its layers are not where Llama's are.",
+            remedy="Name a student.model instead.",
+        )
     available = model.config.num_hidden_layers
     if layers > available:
         raise ModelError(f"student.layers is {layers}, but the teacher has {available}.", remedy="Choose fewer.")

@@ -5,27 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from slmops.errors import ModelError
+from slmops.chat.files import open_tokenizer
 
 PAD_ID = 0
 """Padding is masked, so any id will do."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a model folder.
+    """The fast tokenizer of a model folder; lengths are this module's business, so it neither cuts nor pads.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it is damaged.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no tokenizer.json.", remedy="Save the model with its fast tokenizer.")
-    return Tokenizer.from_file(str(path))
+    return open_tokenizer(folder / "tokenizer.json")
 
 
 def with_end_token(tokenizer: Tokenizer, end_token: str) -> Tokenizer:
@@ -36,7 +34,7 @@ def with_end_token(tokenizer: Tokenizer, end_token: str) -> Tokenizer:
     """
     spec = json.loads(tokenizer.to_str())
     end = {"id": end_token, "ids": [tokenizer.token_to_id(end_token)], "tokens": [end_token]}
-    closing = {
+    closing: dict[str, Any] = {
         "type": "TemplateProcessing",
         "single": [{"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -61,8 +59,14 @@ _CLOSING_TYPES = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of each text, cut to ``max_tokens``; a text without tokens becomes one padding token."""
-    return [encoding.ids[:max_tokens] or [PAD_ID] for encoding in tokenizer.encode_batch(list(texts))]
+    """Token ids of each text, cut to ``max_tokens`` before it is closed, as the runtimes do it; a text without tokens
+    becomes one padding token.
+    """
+    tokenizer.enable_truncation(max_tokens)
+    try:
+        return [encoding.ids or [PAD_ID] for encoding in tokenizer.encode_batch(list(texts))]
+    finally:
+        tokenizer.no_truncation()
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
