@@ -108,7 +108,7 @@ def _attention(graph: _Graph, config: Mapping[str, Any], max_tokens: int) -> Any
     MultiHeadAttention (measured as fast): their graph then loads in older runtimes too.
     """
     heads, kv_heads, head_size = _heads(config)
-    # Right padding changes nothing for the causal case but to stop a row's padding from being computed.
+    # Length of each row, or the mask itself: as the operator wants it.
     mask = graph.add("Cast", "attention_mask", to=TensorProto.INT32)
     cos, sin = _rotary_tables(graph, head_size, float(_rope(config)["rope_theta"]), max_tokens)
     if config.get("is_causal", True):
@@ -156,8 +156,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Query heads, key-value heads, size of each."""
     heads = int(config["num_attention_heads"])
-    return heads, int(config.get("num_key_value_heads") or heads), int(
-        config.get("head_dim") or config["hidden_size"] // heads
+    return (
+        heads,
+        int(config.get("num_key_value_heads") or heads),
+        int(config.get("head_dim") or config["hidden_size"] // heads),
     )
 
 
@@ -185,9 +187,7 @@ class _Graph:
     def split(self, name: str, parts: int) -> list[str]:
         """``name`` in equal parts along the last axis."""
         outputs = [f"{name}.{part}" for part in range(parts)]
-        self._nodes.append(
-            helper.make_node("Split", [name], outputs, name=f"Split_{name}", axis=-1, num_outputs=parts)
-        )
+        self._nodes.append(helper.make_node("Split", [name], outputs, name=f"Split_{name}", axis=-1, num_outputs=parts))
         return outputs
 
     def skip_norm(self, residual: str, change: str, scale: str, epsilon: float) -> tuple[str, str]:

@@ -13,7 +13,7 @@ Chosen by measurement on the default student (1 thread, 15 tokens) and on the 13
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,18 +46,18 @@ def at_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights stored in half precision, sums in fp32."""
     rewrite = _Rewrite(model)
-    for node in model.graph.node:
-        weight = rewrite.weight(node)
-        if weight is None:
-            rewrite.keep(node)
-            continue
-        half = rewrite.add_constant(f"{node.input[_slot(node)]}.fp16", weight.astype(np.float16))
-        if node.op_type == "Gather":
+    for name, weight in rewrite.weights():
+        half = rewrite.add_constant(f"{name}.fp16", weight.astype(np.float16))
+        readers = [node for node in rewrite.nodes if name in node.input]
+        if not all(_reads_rows(node) for node in readers):
+            rewrite.add("Cast", [half], name, to=TensorProto.FLOAT)  # folded when the graph is loaded
+    for node in rewrite.nodes:
+        half = f"{node.input[0]}.fp16" if node.input else ""
+        if _reads_rows(node) and rewrite.has(half) and not rewrite.makes(node.input[0]):
             read = rewrite.add("Gather", [half, node.input[1]], f"{node.output[0]}.fp16", axis=0)
             rewrite.add("Cast", [read], node.output[0], to=TensorProto.FLOAT)
         else:
-            wide = rewrite.add("Cast", [half], f"{half}.wide", to=TensorProto.FLOAT)
-            rewrite.keep(node, replace={node.input[_slot(node)]: wide})
+            rewrite.keep(node)
     return rewrite.finish()
 
 
@@ -69,18 +69,34 @@ def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
         if weight is None or node.op_type == "Gemm":  # the head: small, and its rounding is an answer's
             rewrite.keep(node)
             continue
-        name = node.input[_slot(node)]
-        # A row of an embedding is a token; a column of a matrix is an output channel.
-        values, scales = symmetric_int8(weight, axis=1 if node.op_type == "Gather" else 0)
-        quantized = rewrite.add_constant(f"{name}.int8", values)
-        scale = rewrite.add_constant(f"{name}.scale", scales)
         if node.op_type == "Gather":
-            read = rewrite.add("Gather", [quantized, node.input[1]], f"{node.output[0]}.int8", axis=0)
-            wide = rewrite.add("Cast", [read], f"{node.output[0]}.wide", to=TensorProto.FLOAT)
-            row_scale = rewrite.add("Gather", [scale, node.input[1]], f"{node.output[0]}.scale", axis=0)
-            rewrite.add("Mul", [wide, row_scale], node.output[0])
+            _gather_int8(rewrite, node, weight)
+            continue
+        name = node.input[1]
+        values, scales = symmetric_int8(weight, axis=0)  # a scale for each output channel
+        inputs = [
+            node.input[0],
+            rewrite.add_constant(f"{name}.int8", values),
+            rewrite.add_constant(f"{name}.scale", scales),
+        ]
+        rewrite.add("DynamicQuantizeMatMul", inputs, node.output[0], domain=FUSED)
+    return rewrite.finish()
+
+
+def shrink_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Embeddings of a language model's graph in 8 bits; the rest stays as it is.
+
+    Where the graph has the same matrix once more as its output layer in 8 bits (``MatMulNBits``), both read that one.
+    """
+    rewrite = _Rewrite(model)
+    for node in model.graph.node:
+        weight = rewrite.weight(node) if node.op_type == "Gather" else None
+        if weight is None:
+            rewrite.keep(node)
+        elif (output_layer := _output_layer(rewrite, weight)) is not None:
+            _gather_from(rewrite, node, output_layer, weight.shape)
         else:
-            rewrite.add("DynamicQuantizeMatMul", [node.input[0], quantized, scale], node.output[0], domain=FUSED)
+            _gather_int8(rewrite, node, weight)
     return rewrite.finish()
 
 
@@ -115,6 +131,48 @@ def symmetric_int8(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.i
     return values, scales[0] if axis == 0 else scales
 
 
+def _gather_int8(rewrite: _Rewrite, node: onnx.NodeProto, weight: NDArray[np.float32]) -> None:
+    """Read rows in 8 bits and widen them: a scale for each row, that is for each token."""
+    name, output = node.input[0], node.output[0]
+    values, scales = symmetric_int8(weight, axis=1)
+    read = rewrite.add(
+        "Gather", [rewrite.add_constant(f"{name}.int8", values), node.input[1]], f"{output}.int8", axis=0
+    )
+    wide = rewrite.add("Cast", [read], f"{output}.wide", to=TensorProto.FLOAT)
+    scale = rewrite.add(
+        "Gather", [rewrite.add_constant(f"{name}.scale", scales), node.input[1]], f"{output}.scale", axis=0
+    )
+    rewrite.add("Mul", [wide, scale], output)
+
+
+def _output_layer(rewrite: _Rewrite, embeddings: NDArray[np.float32]) -> onnx.NodeProto | None:
+    """The 8-bit matrix product whose weights are ``embeddings``, judged by a few rows."""
+    rows, width = embeddings.shape
+    for node in rewrite.nodes:
+        about = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type != "MatMulNBits" or (about["bits"], about["N"], about["K"]) != (8, rows, width):
+            continue
+        block, inputs = about["block_size"], [name for name in node.input if name]
+        if width % block or len(inputs) != 3:
+            continue
+        few = slice(0, min(rows, 256))
+        values = rewrite.value(node.input[1])[few].astype(np.float32) - 128
+        scales = rewrite.value(node.input[2]).reshape(rows, -1)[few, :, None]
+        if np.allclose(values * scales, embeddings[few].reshape(values.shape), atol=float(scales.max())):
+            return node
+    return None
+
+
+def _gather_from(rewrite: _Rewrite, node: onnx.NodeProto, layer: onnx.NodeProto, shape: tuple[int, ...]) -> None:
+    """Read rows of the output layer's packed weights."""
+    block = next(attribute.i for attribute in layer.attribute if attribute.name == "block_size")
+    target = rewrite.add_constant(f"{layer.input[1]}.shape", np.array(shape, dtype=np.int64))
+    flat = rewrite.add("Reshape", [layer.input[1], target], f"{layer.input[1]}.rows")
+    inputs = [flat, node.input[1], layer.input[2]]
+    about = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    rewrite.add("GatherBlockQuantized", inputs, node.output[0], domain=FUSED, **about)
+
+
 def _slot(node: onnx.NodeProto) -> int:
     """Which input of the node is its weight."""
     return 0 if node.op_type == "Gather" else 1
@@ -129,14 +187,21 @@ class _Rewrite:
         self._nodes: list[onnx.NodeProto] = []
         self._added: dict[str, onnx.TensorProto] = {}
 
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        """Nodes of the model as it was."""
+        return self._model.graph.node  # type: ignore[no-any-return]
+
+    def value(self, name: str) -> NDArray[Any]:
+        value: NDArray[Any] = numpy_helper.to_array(self._initializers[name])
+        return value
+
     def weight(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
         """The matrix that ``node`` multiplies with or reads from, if it is a constant of some size."""
         if node.op_type not in ("MatMul", "Gather", "Gemm") or node.domain:
             return None
         tensor = self._initializers.get(node.input[_slot(node)])
-        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
-            return None
-        if np.prod(tensor.dims) < SMALL_ELEMENTS or (node.op_type == "Gather" and _axis(node) != 0):
+        if tensor is None or not _is_large_matrix(tensor) or (node.op_type == "Gather" and not _reads_rows(node)):
             return None
         weight: NDArray[np.float32] = numpy_helper.to_array(tensor)
         return weight
@@ -150,16 +215,28 @@ class _Rewrite:
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
-    def keep(self, node: onnx.NodeProto, replace: dict[str, str] | None = None) -> None:
-        kept = onnx.NodeProto()
-        kept.CopyFrom(node)
-        for index, name in enumerate(node.input):
-            kept.input[index] = (replace or {}).get(name, name)
-        self._nodes.append(kept)
+    def has(self, name: str) -> bool:
+        """Whether a constant of that name was added."""
+        return name in self._added
+
+    def makes(self, name: str) -> bool:
+        """Whether a node that was added writes ``name``."""
+        return any(name in node.output for node in self._nodes)
+
+    def keep(self, node: onnx.NodeProto) -> None:
+        self._nodes.append(node)
+
+    def weights(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Matrices of some size that only products, row reads and transpositions read."""
+        for name, tensor in self._initializers.items():
+            readers = {node.op_type for node in self.nodes if name in node.input and not node.domain}
+            if readers and readers <= _WEIGHT_READERS and _is_large_matrix(tensor):
+                yield name, numpy_helper.to_array(tensor)
 
     def finish(self) -> onnx.ModelProto:
         read = {name for node in self._nodes for name in node.input}
-        kept = [tensor for name, tensor in self._initializers.items() if name in read]
+        made = {name for node in self._nodes for name in node.output}
+        kept = [tensor for name, tensor in self._initializers.items() if name in read and name not in made]
         source = self._model
         graph = helper.make_graph(
             self._nodes,
@@ -172,8 +249,16 @@ class _Rewrite:
         return helper.make_model(graph, opset_imports=opsets, ir_version=source.ir_version)
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+_WEIGHT_READERS = frozenset({"MatMul", "Gemm", "Gather", "Transpose"})
+
+
+def _is_large_matrix(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and np.prod(tensor.dims) >= SMALL_ELEMENTS
+
+
+def _reads_rows(node: onnx.NodeProto) -> bool:
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    return node.op_type == "Gather" and axis == 0
 
 
 def _unquantizable_gathers(model: onnx.ModelProto) -> list[str]:

@@ -43,14 +43,15 @@ class _Exported(nn.Module):
 
 def torch_graph(classifier: PooledClassifier) -> onnx.ModelProto:
     """The graph in fp32, batch and tokens free. Whatever the exporter raises is raised."""
-    example = torch.ones((2, 5), dtype=torch.int64)
+    # Two tensors, not one twice: the exporter takes the same object for the same input.
+    ids, mask = torch.zeros((2, 5), dtype=torch.int64), torch.ones((2, 5), dtype=torch.int64)
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     quiet = contextlib.redirect_stdout(io.StringIO())
     with quiet, warnings.catch_warnings(), _muted("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _Exported(classifier.eval()),
-            (example, example),
+            (ids, mask),
             input_names=["input_ids", "attention_mask"],
             output_names=["logits"],
             dynamic_shapes=(free, free),
