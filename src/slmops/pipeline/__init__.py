@@ -27,8 +27,8 @@ from slmops.errors import RecipeError
 from slmops.models import fetch_model
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import evaluate
-from slmops.pipeline.ship import package, publish
-from slmops.pipeline.teach import ask_for_answers, check_fits, make_student, make_teacher, prepare_data
+from slmops.pipeline.ship import make_place, package, publish
+from slmops.pipeline.teach import ask_for_answers, check_fits, check_judgeable, make_student, make_teacher, prepare_data
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Precision, Recipe
 from slmops.store import Store, code_version
@@ -69,8 +69,11 @@ def run_recipe(
     """
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     context = Context(recipe, store, offline, progress)
+    folder = out or store.root / "runs" / recipe.name
     _check(recipe)
+    make_place(folder)
     data = prepare_data(context)
+    check_judgeable(context, data)
     check_fits(context)
     teacher = make_teacher(context, data)
     answers = ask_for_answers(context, data, teacher)
@@ -78,7 +81,6 @@ def run_recipe(
     untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
     report = evaluate(context, data, teacher, student, untaught)
     bundle = package(context, report, data, teacher, student)
-    folder = out or store.root / "runs" / recipe.name
     publish(context, folder, report, bundle)
     content = json.loads((folder / "report.json").read_text("utf-8"))
     outcome = "passed" if content["passed"] else "gate failed"

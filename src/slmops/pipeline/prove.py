@@ -251,16 +251,22 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
             )
             for conversation in messages
         ]
-        answers, tokens = [""] * len(rows), 0
+        answers, tokens, failures = [""] * len(rows), 0, 0
         for done, (index, outcome) in enumerate(asker.answer(requests), start=1):
-            if not isinstance(outcome, TeacherFailure):
+            if isinstance(outcome, TeacherFailure):
+                failures += 1
+            else:
                 checked = check_answer(recipe.task, data.labels, rows[index], outcome.text, outcome.finish_reason)
                 closed_answer = checked.normalized if recipe.closed else None
                 answers[index] = closed_answer or outcome.text
                 tokens += outcome.prompt_tokens + outcome.completion_tokens
             context.progress(Progress("score teacher", done, len(rows)))
-        if not any(answers):
-            raise TeacherError(f"{asker.identity} answered none of the {len(rows)} test rows.")
+        # A teacher that is not there is no bad teacher: its score would be too low, and the student's share too high.
+        if len(rows) - failures < max(1, recipe.teacher.min_success_ratio * len(rows)):
+            raise TeacherError(
+                f"{asker.identity} answered {len(rows) - failures} of the {len(rows)} test rows.",
+                remedy="Look at the server and run again: all else is done.",
+            )
         scores = score_predictions(
             answers, [row.target or "" for row in rows], task=recipe.task, labels=data.labels, seed=recipe.seed
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.artifacts import Bundle, Checkpoint, Dataset, Report
+from slmops.errors import StorageError
 from slmops.package import build_bundle
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import exported
@@ -39,19 +42,57 @@ def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint
     )
 
 
+def make_place(out: Path) -> None:
+    """The folder for report and bundle, made before any work is done.
+
+    Raises:
+        StorageError: it cannot be.
+    """
+    with _at(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None:
-    """Put report and bundle where a person looks for them."""
-    out.mkdir(parents=True, exist_ok=True)
-    shipped = out / "bundle"
-    if not shipped.exists() or Bundle.open(shipped).digest != bundle.digest:
-        fresh = out / ".bundle.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(bundle.path, fresh)
-        shutil.rmtree(shipped, ignore_errors=True)
-        fresh.rename(shipped)
-    content = {**report.content, "bundle": str(shipped), "wall_s": context.wall_s}
-    _replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
+    """Put report and bundle where a person looks for them. Whatever stands there is whole at every moment.
+
+    Raises:
+        StorageError: the disk would not take them.
+        ArtifactError: what stands in the bundle's place is no bundle.
+    """
+    shipped, fresh, old = out / "bundle", out / ".bundle.tmp", out / ".bundle.old"
+    with _at(out):
+        shutil.rmtree(old, ignore_errors=True)
+        if not shipped.exists() or Bundle.open(shipped).digest != bundle.digest:
+            shutil.rmtree(fresh, ignore_errors=True)
+            _copy_tree(bundle.path, fresh)
+            if shipped.exists():
+                shipped.rename(old)
+            fresh.rename(shipped)
+            shutil.rmtree(old, ignore_errors=True)
+        content = {**report.content, "bundle": str(shipped), "wall_s": context.wall_s}
+        _replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
+        _replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _at(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"Could not put report and bundle into {out}: {error.strerror or error}.",
+            remedy="Free some space there, or choose another --out.",
+        ) from error
+
+
+def _copy_tree(source: Path, destination: Path) -> None:
+    destination.mkdir()
+    for path in sorted(source.rglob("*")):
+        target = destination / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir()
+        else:
+            shutil.copyfile(path, target)
 
 
 def _licenses(context: Context) -> dict[str, str]:

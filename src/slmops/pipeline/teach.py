@@ -10,6 +10,7 @@ from pathlib import Path
 from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft
 from slmops.data import prepare, source_digests
 from slmops.distill import LocalTeacher, OpenAITeacher, ask_teacher, keep_distribution, vary_texts
+from slmops.errors import DataError
 from slmops.models import check_memory, fetch_hub_dataset, model_facts
 from slmops.pipeline.context import Context
 from slmops.recipe import recipe_json
@@ -30,6 +31,20 @@ def prepare_data(context: Context) -> Dataset:
         ["slmops.data"],
         lambda draft: prepare(recipe.data, recipe.task, recipe.seed, draft, fetch_hub=fetch, progress=context.progress),
     )
+
+
+def check_judgeable(context: Context, data: Dataset) -> None:
+    """Refuse data that could teach but not tell how well it was learnt.
+
+    Raises:
+        DataError: no test row has an answer.
+    """
+    if not context.test_rows(data):
+        raise DataError(
+            "No row of the test split has an answer that a model could be judged by.",
+            path=data.path,
+            remedy="Set data.target, or give data.test rows with answers.",
+        )
 
 
 def check_fits(context: Context) -> None:
@@ -160,7 +175,7 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
         build = partial(
             train_classifier_student,
             answers,
-            context.base.path,
+            model.path,
             recipe.student,
             recipe.distill if taught else None,
             recipe.train,

@@ -362,7 +362,7 @@ def _history_point(entry: Mapping[str, float]) -> dict[str, float]:
     names = {"eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
     return {
         names.get(name, name): float(value)
-        for name, value in entry.items()
+        for name, value in sorted(entry.items())  # a resumed run reads them back sorted
         if isinstance(value, int | float) and name not in {"epoch", "total_flos"}
     }
 
