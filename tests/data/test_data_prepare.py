@@ -472,8 +472,9 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_million_rows_fit_in_little_memory(tmp_path: Path) -> None:
-    """Measured on 2 shared cores: 351 MB at the peak, 41 s."""
+    """Measured on such rows: 341 MiB at the peak, 35 s of processor time."""
     import random
 
     rng = random.Random(0)
@@ -485,7 +486,7 @@ def test_a_million_rows_fit_in_little_memory(tmp_path: Path) -> None:
         for number in range(1_000_000):
             file.write(f"{' '.join(rng.choices(words, k=rng.randint(6, 14)))},label-{number % 20}\n")
     command = [sys.executable, "-c", MILLION, str(path), str(tmp_path / "prepared")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1700)
     peak_mb = int(done.stdout.split()[-1]) / 1024
     assert peak_mb < 600
     from slmops.artifacts import Dataset

@@ -144,7 +144,7 @@ def prepare(
     draft.metrics["quarantined"] = summary["quarantined"]["total"]
     taken.spill_path.unlink()
     for warning in summary["warnings"]:
-        logger.warning("%s", warning)
+        logger.info("%s", warning)  # whoever shows the summary shows them
 
 
 def decide(
