@@ -2,6 +2,7 @@
 # make test    set up, and run the tests
 # make check   set up, and run linter, type checker, import contracts and tests
 # make setup   only set up: .venv with slmops and all that its tests need
+# make clean   remove .venv and what tools have cached; runs in .slmops stay
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,5 +37,6 @@ lint: setup
 
 check: lint test
 
+# Runs and benchmarks in .slmops cost hours and are not thrown away here.
 clean:
-	rm -rf $(VENV) .slmops
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
