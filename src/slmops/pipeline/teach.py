@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft
-from slmops.data import prepare, source_digests
+from slmops.data import prepare, source_digests, stage_config
 from slmops.distill import LocalTeacher, OpenAITeacher, ask_teacher, keep_distribution, vary_texts
 from slmops.errors import DataError
 from slmops.models import check_memory, fetch_hub_dataset, model_facts
@@ -27,7 +27,7 @@ def prepare_data(context: Context) -> Dataset:
         "data",
         Dataset,
         source_digests(recipe.data, fetch_hub=fetch),
-        {"data": recipe_json(recipe)["data"] | {"train": None, "validation": None, "test": None}},
+        stage_config(recipe.data, recipe.task, recipe.seed),
         ["slmops.data"],
         lambda draft: prepare(recipe.data, recipe.task, recipe.seed, draft, fetch_hub=fetch, progress=context.progress),
     )
