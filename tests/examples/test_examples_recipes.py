@@ -92,12 +92,12 @@ SERVED = [path for path in RECIPES if path.name == "served-teacher.yaml"]
 
 
 @pytest.mark.parametrize("path", SERVED, ids=[path.parent.name for path in SERVED])
-def test_a_served_teacher_is_the_sibling_recipe_on_loopback(path: Path) -> None:
+def test_a_served_teacher_is_the_base_model_on_loopback(path: Path) -> None:
     recipe, sibling = load_recipe(path), load_recipe(path.with_name("recipe.yaml"))
-    bundle, option, port = header_command(path, "serve")
-    assert bundle == f".slmops/runs/{sibling.name}/bundle"
+    source, option, port = header_command(path, "serve")
+    assert source == sibling.teacher.model
     assert (option, recipe.teacher.base_url) == ("--port", f"http://127.0.0.1:{port}/v1")
-    assert recipe.teacher.model == f"openai:{sibling.name}"
+    assert recipe.teacher.model == f"openai:{source.removeprefix('pypi:')}"
     assert not leaves_machine(recipe.teacher)
     check_remote_allowed(recipe.teacher, recipe.privacy)
     assert_same_task(recipe, sibling)
