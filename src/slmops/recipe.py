@@ -134,7 +134,7 @@ class TrainConfig(Section):
 class CompressConfig(Section):
     """Which variants are made and measured, and which one may go into the bundle."""
 
-    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "fp16", "int8", "int4")
     teacher_precisions: tuple[Precision, ...] = Field(
         ("int8", "int4"), description="quantized forms of a local teacher to compare with"
     )
