@@ -20,7 +20,7 @@ LEFT, RIGHT = 46, 12
 FONT = 11
 GLYPH = 0.57 * FONT  # width of a mean letter of a system font
 MOST_POINTS = 150  # of a loss curve
-FAR = 1.0  # a baseline further from the models than this many of their spans is told in words, not drawn
+FAR = 1.0  # a baseline further below the models than this many of their spans is told in words, not drawn
 
 
 class Tick(NamedTuple):
@@ -159,7 +159,7 @@ def tradeoff(report: Report, height: int = 300) -> Tradeoff | None:
     near, far = _near_and_far(flat, sized)
     bottom = height - 38
     x = _log_axis([entry["size_bytes"] for entry in sized], LEFT, WIDTH - RIGHT)
-    y = _share_axis([*sized, *near.values()], bottom, 26)
+    y = _share_axis(sized, [entry["score"]["value"] for entry in near.values()], bottom, 26)
     spots = {entry["id"]: _spot(entry, x, y) for entry in sized}
     taken = [Box(left - 6, middle - 6, left + 6, middle + 6) for left, middle, _, _ in spots.values()]
     taken += [Box(left - 2, high, left + 2, low) for left, _, low, high in spots.values()]
@@ -199,15 +199,13 @@ def _near_and_far(
     highest = max(entry["score"]["ci95"][1] for entry in sized)
     margin = FAR * max(0.03, highest - lowest)
     near = {
-        name: entry
-        for name, entry in flat.items()
-        if lowest - margin <= entry["score"]["value"] <= highest + margin or name == "teacher"
+        name: entry for name, entry in flat.items() if entry["score"]["value"] >= lowest - margin or name == "teacher"
     }
     return near, {name: entry for name, entry in flat.items() if name not in near}
 
 
-def _share_axis(entries: Sequence[Mapping[str, Any]], start: float, end: float) -> Axis:
-    values = [value for entry in entries for value in (entry["score"]["value"], *entry["score"]["ci95"])]
+def _share_axis(sized: Sequence[Mapping[str, Any]], others: Sequence[float], start: float, end: float) -> Axis:
+    values = [*others, *(value for entry in sized for value in (entry["score"]["value"], *entry["score"]["ci95"]))]
     low, high = min(values), max(values)
     pad = max(0.08 * (high - low), 0.005)
     return Axis(max(0.0, low - pad), high + pad, start, end)

@@ -34,7 +34,7 @@ def headline(report: Report) -> list[Figure]:
 
     kept = Figure(
         "Retention",
-        words.percent(report["retention"]),
+        words.percent(report["retention"] if teacher["score"]["value"] else None),
         f"of the teacher’s {words.metric_name(report['metric'])}",
         words.percent(teacher["score"]["value"]),
         words.percent(student["score"]["value"]),
@@ -95,7 +95,7 @@ def _other_name(report: Report, name: str) -> str:
     baseline = report["baselines"].get(name)
     if baseline is None:
         return f"the {name}" if name == "teacher" else name
-    return f"{name} ({baseline['description']})" if baseline["description"] else name
+    return f"“{name}” ({baseline['description']})" if baseline["description"] else f"“{name}”"
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,24 @@ def significant(value: float | None) -> str:
     if size >= 99.95 or (size == int(size) and size < 1000):
         return f"{value:,.0f}"
     if size >= 0.001:
-        return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+        rounded = float(f"{size:.3g}")  # 0.9996 is 1.00, with a digit less behind the point
+        return f"{value:.{2 - math.floor(math.log10(rounded))}f}"
     return f"{value:.2e}"
 
 
 def whole(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def money(value: float | None) -> str:
+    """Two digits that count, never as a power of ten: 0.000050."""
+    if not value or value >= 1:
+        return MISSING if value is None else f"{value:,.2f}"
+    return f"{value:.{1 - math.floor(math.log10(value))}f}"
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -126,26 +138,26 @@ def quantity(value: float | None, unit: str) -> str:
 def times(before: float | None, after: float | None, less: str, more: str) -> tuple[str, str]:
     """``("199×", "smaller")``: how many times less ``after`` is. A dash where either is not known."""
     if not before or not after:
-        return MISSING, less
+        return MISSING, "not known"
     factor, word = (before / after, less) if before >= after else (after / before, more)
     return f"{factor:,.0f}×" if factor >= 9.95 else f"{factor:.1f}×", word
 
 
 def comparison(test: Mapping[str, Any], other: str) -> str:
-    """A paired test of the student (b) and ``other`` (a): what follows "The student is"."""
-    difference, rows = test["difference"], test["rows"]
+    """A paired test of the student (b) and ``other`` (a) in one sentence."""
+    difference = test["difference"]
     low, high = (100 * end for end in test["ci95"])
-    ends = f"95{SPACE}% interval of the difference {low:+.1f} to {high:+.1f}"
-    won = f"{test['b_only']:,} rows are better with the student, {test['a_only']:,} with {other}, of {rows:,}"
+    ends = f"95{SPACE}% interval {low:+.1f} to {high:+.1f}".replace("-", "−")
+    won = f"of {plural(test['rows'], 'row')} it does better on {test['b_only']:,} and worse on {test['a_only']:,}"
     if difference == 0:
-        return f"as good as {other} ({ends}); {won}."
-    word = "better" if difference > 0 else "worse"
+        return f"The student is as good as {other} ({ends}); {won}."
+    points = f"{100 * abs(difference):.1f} points {'better' if difference > 0 else 'worse'}"
     noise = "beyond noise" if test["significant"] else "within noise"
-    points = f"{100 * abs(difference):.1f} points {word} than {other}"
-    return f"{points}, {noise} ({p_in_words(test['p_value'])}; {ends}); {won}."
+    p_value = p_in_words(test["p_value"]).replace(" ", SPACE)
+    return f"The student is {points} than {other}, {noise} ({p_value}; {ends}); {won}."
 
 
-FILTERS: dict[str, Callable[..., str]] = {
+FILTERS: Mapping[str, Callable[..., str]] = {
     "count": count,
     "digest": digest,
     "duration": duration,
@@ -153,7 +165,9 @@ FILTERS: dict[str, Callable[..., str]] = {
     "metric_name": metric_name,
     "metric_value": metric_value,
     "milliseconds": milliseconds,
+    "money": money,
     "percent": percent,
+    "plural": plural,
     "quantity": quantity,
     "significant": significant,
     "size": size,
