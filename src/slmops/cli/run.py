@@ -54,13 +54,16 @@ def run_and_show(recipe: Recipe, store: Path, out: Path | None, *, offline: bool
 
 def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> None:
     """The short table: who, how good, how large, how fast; the verdict; where the rest is."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title=f"{report['name']}: {report['metric']} on {report['student']['score']['rows']} test rows")
-    for heading in ("", report["metric"], "95 % interval", "parameters", "size", "p50", "peak memory"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    title = f"{report['name']}: {report['metric']} on {report['student']['score']['rows']} test rows"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="ellipsis", no_wrap=True)
+    for heading in (f"{report['metric']} (95 %)", "size", "p50", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     teacher, student = report["teacher"], report["student"]
     table.add_row(
         *_model_row(f"teacher ({teacher['runtime']} {teacher['precision'] or ''})".replace(" )", ")"), teacher)
@@ -89,9 +92,7 @@ def _model_row(name: str, entry: Mapping[str, Any]) -> list[str]:
     p50 = entry["latency_ms"]["p50"]
     return [
         name,
-        f"{entry['score']['value']:.3f}",
-        f"{low:.3f}–{high:.3f}",
-        count_in_words(entry.get("parameters")),
+        f"{entry['score']['value']:.3f} ({low:.3f}–{high:.3f})",
         bytes_in_words(entry.get("size_bytes")),
         "" if p50 is None else f"{p50:.2f} ms" if p50 < 100 else f"{p50:,.0f} ms",
         bytes_in_words(entry.get("memory_bytes_peak")),
@@ -108,9 +109,3 @@ def bytes_in_words(size_bytes: float | None) -> str:
                 f"{size_bytes / scale:.3g} {unit}" if size_bytes / scale < 100 else f"{size_bytes / scale:.0f} {unit}"
             )
     return f"{size_bytes:.0f} B"
-
-
-def count_in_words(count: float | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,.0f}"
