@@ -71,10 +71,11 @@ def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> Non
     for variant in report["variants"]:
         if variant["id"] not in {teacher["id"], student["id"]}:
             table.add_row(*_model_row(variant["id"], variant), style="dim")
-    table.add_row(*_model_row(f"{student['id']} (in the bundle)", student), style="bold")
+    table.add_row(*_model_row(f"{student['id']} *", student), style="bold")
     for name, baseline in report["baselines"].items():
         table.add_row(*_model_row(f"baseline: {name}", baseline), style="dim")
     console.print(table)
+    console.print(" * in the bundle", style="dim")
     for gate in report["gates"]:
         mark = "[green]✓[/]" if gate["passed"] else "[red]✗[/]"
         sign = "≥" if gate["direction"] == "at_least" else "≤"
@@ -100,12 +101,10 @@ def _model_row(name: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def bytes_in_words(size_bytes: float | None) -> str:
-    """Decimal units, as disks are labelled: ``2.1 MB``."""
+    """Decimal units, as disks are labelled: ``2.1 MB``, ``542 MB``."""
     if size_bytes is None:
         return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= scale:
-            return (
-                f"{size_bytes / scale:.3g} {unit}" if size_bytes / scale < 100 else f"{size_bytes / scale:.0f} {unit}"
-            )
+            return f"{size_bytes / scale:.{1 if size_bytes < 10 * scale else 0}f} {unit}"
     return f"{size_bytes:.0f} B"
