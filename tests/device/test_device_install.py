@@ -17,7 +17,7 @@ from fakes.tiny_models import LABELS, tiny_tokenizer, write_tiny_generator, writ
 from slmops.artifacts import Bundle, Variant, drafting
 from slmops.package import build_bundle
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # installing takes minutes on a busy machine
 
 ABSENT = (
     "torch",
