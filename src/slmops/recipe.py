@@ -257,8 +257,19 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON, defaults filled in."""
+    """The recipe as plain JSON, defaults filled in. Holds paths of this machine: see :func:`portable_recipe`."""
     return recipe.model_dump(mode="json", by_alias=True)
+
+
+def portable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON with files by their bare names: what may leave this machine inside a bundle."""
+    raw = recipe_json(recipe)
+    for section, keys in (("data", ("train", "validation", "test")), ("teacher", ("model",)), ("student", ("model",))):
+        for key in keys:
+            value = raw[section][key]
+            if value is not None and not _has_scheme(value):
+                raw[section][key] = Path(value).name
+    return raw
 
 
 def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Location, int]) -> Recipe:

@@ -26,7 +26,7 @@ from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import ADAPT_KEYS
 from slmops.progress import Progress, ProgressSink
-from slmops.recipe import Precision, Recipe, recipe_json
+from slmops.recipe import Precision, Recipe, portable_recipe
 from slmops.runtime import GenerationRequest, open_classifier, open_generator
 from slmops.trust import digest_json
 
@@ -62,7 +62,12 @@ def evaluate(
         (draft.path / "report.html").write_text(render_report(content), "utf-8")
 
     return context.stage(
-        "report", Report, inputs, {"recipe": recipe_json(context.recipe)}, ["slmops.evaluate", "slmops.pipeline"], build
+        "report",
+        Report,
+        inputs,
+        {"recipe": portable_recipe(context.recipe)},
+        ["slmops.evaluate", "slmops.pipeline"],
+        build,
     )
 
 

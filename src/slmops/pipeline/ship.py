@@ -13,7 +13,7 @@ from slmops.errors import StorageError
 from slmops.package import build_bundle
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import exported
-from slmops.recipe import recipe_json
+from slmops.recipe import portable_recipe
 
 
 def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> Bundle:
@@ -28,12 +28,12 @@ def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint
         "bundle",
         Bundle,
         {"variant": variant, "report": report},
-        {"recipe": recipe_json(recipe)},
+        {"recipe": portable_recipe(recipe)},
         ["slmops.package"],
         lambda draft: build_bundle(
             variant=variant,
             report=content,
-            recipe=recipe_json(recipe),
+            recipe=portable_recipe(recipe),
             licenses=_licenses(context),
             lineage=lineage,
             draft=draft,
