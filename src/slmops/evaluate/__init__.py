@@ -11,6 +11,7 @@
     cost           price of 1,000 requests, and when a student has paid for itself
     gates          floors and budgets -> passed or not, and the verdict in one sentence
     summary        report.json
+    report_html    report.html, the same for people
 
 Nothing is imported here: the measured process imports ``slmops.evaluate.probe``, and everything that this file pulled
 in would be counted as the model's memory.
