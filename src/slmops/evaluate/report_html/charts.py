@@ -280,7 +280,7 @@ def latency(report: Report) -> Latency | None:
 
 @dataclass(frozen=True)
 class Losses:
-    """One model's training. ``points`` are SVG's way of writing a line."""
+    """One model’s training: loss by optimizer step, as places in the plot. ``best`` is a phrase, or empty."""
 
     who: str
     height: int
