@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -14,6 +14,7 @@ import typer
 from slmops.errors import DataError, UsageError
 
 _INPUTS = ("text", "question", "instruction", "prompt", "input", "sentence", "premise", "document", "dialogue", "query")
+MAX_COLUMNS_SHOWN = 30
 _TARGETS = ("label", "category", "intent", "answer", "response", "target", "summary", "output", "class")
 
 
@@ -27,7 +28,9 @@ def init(
     schema: bool = typer.Option(False, "--schema", help="Print the recipe's JSON Schema and write nothing."),
 ) -> None:
     """Write a commented recipe, with your file's columns filled in."""
-    from slmops.recipe import Task, load_recipe, recipe_schema
+    import yaml
+
+    from slmops.recipe import Task, parse_recipe, recipe_schema
 
     if schema:
         typer.echo(json.dumps(recipe_schema(), indent=2))
@@ -37,7 +40,7 @@ def init(
     if out.exists():
         raise UsageError(f"{out} exists already.", remedy="Choose another name with --out, or delete it.")
     columns = ["text", "intent"] if data is None else _columns(data)
-    source = "sample:support" if data is None else str(data)
+    source = "sample:support" if data is None else _seen_from(out.parent, data)
     text = recipe_text(
         name=name or ("support-intents" if data is None else _name_of(data)),
         task=task,
@@ -46,9 +49,12 @@ def init(
         target_template=target_template or "{" + _choose(columns, _TARGETS, -1) + "}",
         columns=columns,
     )
-    out.write_text(text, "utf-8")
-    load_recipe(out)
-    typer.echo(f"wrote {out}; columns of your data: {', '.join(columns)}")
+    parse_recipe(yaml.safe_load(text))  # before anything is written
+    try:
+        out.write_text(text, "utf-8")
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}.", remedy="Choose another --out.") from None
+    typer.echo(f"wrote {out}; columns of your data: {_in_a_comment(columns)}")
     typer.echo(f"next: slmops data {out}   (look at the rows)   then: slmops run {out}")
 
 
@@ -62,32 +68,32 @@ def recipe_text(
         source=json.dumps(source, ensure_ascii=False),
         input=json.dumps(input_template, ensure_ascii=False),
         target=json.dumps(target_template, ensure_ascii=False),
-        columns=", ".join(columns),
+        columns=_in_a_comment(columns),
     )
 
 
 def _columns(path: Path) -> list[str]:
+    from slmops.data.readers import Reading, Record, read_records
+
     if not path.is_file():
         raise DataError(f"There is no file {path}.", remedy="Name a csv, jsonl or parquet file.")
-    try:
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                columns = next(csv.reader(file), [])
-        elif path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            columns = list(ParquetFile(path).schema_arrow.names)
-        else:
-            with path.open(encoding="utf-8-sig") as file:
-                columns = list(json.loads(next(line for line in file if line.strip())))
-    except (StopIteration, ValueError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The columns of {path} cannot be read: {type(error).__name__} {error}.",
-            remedy="Save it as UTF-8 csv with a header, jsonl or parquet.",
-        ) from None
+    reading = Reading(path)
+    first = next((record for record in read_records(reading) if isinstance(record, Record)), None)
+    columns = list(reading.header or (first.values if first else ()))
     if not columns:
-        raise DataError(f"{path} is empty.", remedy="Give a file with a header and rows.")
+        raise DataError(f"{path} has no row that can be read.", remedy="Give a file with columns and rows.")
     return columns
+
+
+def _seen_from(folder: Path, data: Path) -> str:
+    """The path as a recipe in ``folder`` has to give it: relative paths there start at the recipe."""
+    return str(data) if data.is_absolute() else os.path.relpath(data, folder)
+
+
+def _in_a_comment(columns: Sequence[str]) -> str:
+    """On one line, whatever the names hold."""
+    shown = [" ".join(name.split()) for name in columns[:MAX_COLUMNS_SHOWN]]
+    return ", ".join(shown) + (", …" if len(columns) > MAX_COLUMNS_SHOWN else "")
 
 
 def _choose(columns: Sequence[str], likely: Sequence[str], otherwise: int) -> str:
