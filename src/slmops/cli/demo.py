@@ -39,5 +39,5 @@ DEMO_RECIPE: dict[str, Any] = {
     # Some 1,100 training rows: more passes over fewer trained layers, and fewer of the teacher's forms to compare with.
     "teacher": {"adapt_epochs": 4, "frozen_share": 0.5},
     "compress": {"teacher_precisions": ["int8"]},
-    "gates": {"retention": 0.8},
+    "gates": {"retention": 0.7},
 }

@@ -43,9 +43,9 @@ SMALLEST_BATCH = 16
 TEACHER_STEPS_AT_LEAST = 250
 STUDENT_LEARNING_RATE = 1e-3
 STUDENT_SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
-STUDENT_STEPS_AT_LEAST = 1500
-"""A student that starts fresh needs steps, however few the rows are."""
+STUDENT_STEPS_AT_LEAST = 800
 STUDENT_EPOCHS = 20.0
+NAMED_STUDENT_EPOCHS = 3.0
 FEW_ROWS = 4000
 COMMON_MERGES = 8000
 """Fewer training rows than this leave many everyday words unseen, so the student keeps the commonest ones too."""
@@ -84,7 +84,7 @@ def adapt_classifier(
     objective = _StateObjective(
         states["train"], _targets(rows["train"], labels), states["validation"], _targets(rows["validation"], labels)
     )
-    batch_size = train.batch_size or _teacher_batch_size(len(rows["train"]), config.adapt_epochs)
+    batch_size = train.batch_size or _batch_size(len(rows["train"]), config.adapt_epochs, TEACHER_STEPS_AT_LEAST)
     steps = steps_for(len(rows["train"]), batch_size, config.adapt_epochs)
     head = list(upper.head.parameters())
     body = [p for p in upper.backbone.parameters() if p.requires_grad]
@@ -166,14 +166,16 @@ def train_classifier_student(
         _targets(rows["validation"], labels),
         distill or DistillConfig(),
     )
-    steps = _student_steps(len(rows["train"]), train, fresh=named_model is None)
+    epochs = train.epochs or (STUDENT_EPOCHS if named_model is None else NAMED_STUDENT_EPOCHS)
+    batch_size = train.batch_size or _batch_size(len(rows["train"]), epochs, STUDENT_STEPS_AT_LEAST)
+    steps = steps_for(len(rows["train"]), batch_size, epochs)
     history = fit(
         classifier,
         objective,
         parameter_groups(list(classifier.parameters()), rate, 0.05),
         LoopConfig(
             steps=steps,
-            batch_size=train.batch_size or BATCH_SIZE,
+            batch_size=batch_size,
             validate_every_steps=max(1, min(train.checkpoint_every_steps, steps)),
             patience=train.patience,
             precision=train.precision,
@@ -371,18 +373,9 @@ def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConf
     return trim_vocabulary(tokenizer, texts, common_merges=COMMON_MERGES if len(texts) < FEW_ROWS else 0)
 
 
-def _teacher_batch_size(rows: int, epochs: float) -> int:
+def _batch_size(rows: int, epochs: float, steps_at_least: int) -> int:
     """Few rows make small batches: what counts is how often the weights move."""
-    return max(SMALLEST_BATCH, min(BATCH_SIZE, round(rows * epochs / TEACHER_STEPS_AT_LEAST)))
-
-
-def _student_steps(rows: int, train: TrainConfig, *, fresh: bool) -> int:
-    batch_size = train.batch_size or BATCH_SIZE
-    if train.epochs is not None:
-        return steps_for(rows, batch_size, train.epochs)
-    if not fresh:
-        return steps_for(rows, batch_size, 3)
-    return max(STUDENT_STEPS_AT_LEAST, steps_for(rows, batch_size, STUDENT_EPOCHS))
+    return max(SMALLEST_BATCH, min(BATCH_SIZE, round(rows * epochs / steps_at_least)))
 
 
 def _save(
