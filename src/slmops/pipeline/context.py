@@ -49,9 +49,10 @@ class Context:
             code_version=code_version(*packages),
             build=build,
         )
+        asked_again = name in self.wall_s
         self.wall_s[name] = result.wall_s
         self.reused &= result.reused
-        if result.reused:
+        if result.reused and not asked_again:
             self.progress(Progress(name, 1, 1, "stage", "done before"))
         return result.artifact
 
