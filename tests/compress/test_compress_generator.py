@@ -109,6 +109,7 @@ def test_tied_embeddings_are_stored_once_in_8_bits(variants: dict[str, Variant])
     assert shape.input[0] == layer.input[1]
 
 
+@pytest.mark.slow
 def test_untied_embeddings_are_narrowed_too(tmp_path: Path, checkpoint: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -121,7 +122,7 @@ def test_untied_embeddings_are_narrowed_too(tmp_path: Path, checkpoint: Path) ->
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (untied / name).write_bytes((checkpoint / name).read_bytes())
     expected = logprobs(open_generator(untied, threads=1))
-    for precision, allowed in (("int8", 1.0), ("int4", 12.0)):
+    for precision, allowed in (("int8", 3.0), ("int4", 12.0)):
         with drafting("variant", tmp_path / precision) as draft:
             export_generator(untied, draft, precision=precision, **ABOUT)  # type: ignore[arg-type]
         folder = tmp_path / precision / "model"

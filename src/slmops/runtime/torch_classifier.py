@@ -17,13 +17,10 @@ from slmops.artifacts import MODEL_DESCRIPTION
 from slmops.errors import CorruptArtifactError, MissingExtraError, ModelError, ModelNotFoundError
 from slmops.runtime.base import Probabilities
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.onnx_classifier import TOKEN_CHARACTERS, encodable, length_batches, pad, softmax
+from slmops.runtime.onnx_classifier import BATCH_TOKENS, TOKEN_CHARACTERS, encodable, length_batches, pad, softmax
 
 if TYPE_CHECKING:
     from slmops.models.classifier import PooledClassifier
-
-BATCH_TOKENS = 4096
-"""Padded tokens of one forward pass: bounds the memory of a batch of any length."""
 
 
 class TorchClassifier:
