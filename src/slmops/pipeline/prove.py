@@ -30,6 +30,14 @@ from slmops.recipe import Precision, Recipe, portable_recipe
 from slmops.runtime import GenerationRequest, open_classifier, open_generator
 from slmops.trust import digest_json
 
+SCORING = (
+    "slmops.evaluate.scores",
+    "slmops.evaluate.metrics",
+    "slmops.evaluate.numbers",
+    "slmops.evaluate.significance",
+)
+"""What a score depends on; the rest of the stage may change without scoring anew."""
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -166,7 +174,7 @@ def _scores(context: Context, who: str, variant: Variant, data: Dataset) -> Scor
         Report,
         {"variant": variant, "data": data},
         {"rows": recipe.evaluate.max_rows, "max_new_tokens": recipe.evaluate.max_new_tokens},
-        ["slmops.evaluate", "slmops.runtime"],
+        [*SCORING, "slmops.runtime"],
         build,
     )
     return Scores.from_json(report.content)
@@ -200,7 +208,7 @@ def _measure(context: Context, variants: Mapping[str, Variant], data: Dataset) -
         Report,
         {**variants, "data": data},
         {"requests": recipe.evaluate.latency_requests, "threads": recipe.evaluate.threads},
-        ["slmops.evaluate", "slmops.runtime"],
+        ["slmops.evaluate.measure", "slmops.evaluate.probe", "slmops.runtime"],
         build,
     )
     return {name: Measurement.from_json(raw) for name, raw in report.content.items()}
@@ -285,7 +293,7 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
             "rows": recipe.evaluate.max_rows,
             "teacher": recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"}),
         },
-        ["slmops.distill", "slmops.evaluate", "slmops.data.redact"],
+        ["slmops.distill", *SCORING, "slmops.data.redact"],
         build,
     )
     price = recipe.evaluate.teacher_price_per_million_tokens

@@ -15,9 +15,12 @@ from pathlib import Path
 from slmops import __version__
 from slmops.trust import digest_bytes, digest_json
 
+DATA_SUFFIXES = frozenset({".jinja", ".css", ".sql"})
+"""Files beside the code that decide what it writes."""
+
 
 def code_version(*names: str) -> str:
-    """``"<slmops version>+<16 hex digits>"`` over all Python files of the named modules and packages.
+    """``"<slmops version>+<16 hex digits>"`` over all Python files and templates of the named modules and packages.
 
     Raises:
         ModuleNotFoundError: there is no such module.
@@ -39,13 +42,16 @@ def _sources(name: str) -> list[tuple[str, Path]]:
     return [
         (f"{name}/{path.relative_to(root).as_posix()}", path)
         for root in map(Path, spec.submodule_search_locations)
-        for path in root.rglob("*.py")
+        for path in root.rglob("*")
+        if path.suffix in {".py", *DATA_SUFFIXES}
     ]
 
 
 @lru_cache(maxsize=4096)
 def _tree_digest_of(path: Path, mtime_ns: int, size_bytes: int) -> str:
     """``mtime_ns`` and ``size_bytes`` are there for the cache: an edited file is read again."""
+    if path.suffix in DATA_SUFFIXES:
+        return digest_bytes(path.read_bytes())
     tree = _WithoutDocstrings().visit(ast.parse(path.read_bytes(), filename=str(path)))
     return digest_bytes(ast.dump(tree).encode("utf-8", "surrogatepass"))
 
