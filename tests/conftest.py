@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def skip_or_fail(reason: str) -> None:
-    """Skip for a person whose machine lacks a part; fail in CI, which installs every part."""
-    if os.environ.get("CI"):
-        pytest.fail(f"CI must have this: {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

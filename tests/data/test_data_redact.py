@@ -15,6 +15,9 @@ from slmops.data.redact import is_iban, passes_luhn, redact
     [
         ("write to ann.lee+shop@mail.example.com today", "write to <EMAIL> today"),
         ("card 4111 1111 1111 1111 was charged", "card <CARD> was charged"),
+        ("4111 1111 1111 1111 25 times", "<CARD> 25 times"),
+        ("on 12 4111-1111-1111-1111", "on 12 <CARD>"),
+        ("4111111111111111", "<CARD>"),
         ("IBAN GB82 WEST 1234 5698 7654 32 please", "IBAN <IBAN> please"),
         ("from 192.168.10.1 and ::1", "from <IP> and <IP>"),
         ("call +1 (555) 010-9999 or 555-0100-123", "call <PHONE> or <PHONE>"),

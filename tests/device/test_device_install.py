@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from conftest import skip_or_fail
 from fakes.tiny_models import LABELS, tiny_tokenizer, write_tiny_generator, write_tiny_llama
+from skipping import skip_or_fail
 from slmops.artifacts import Bundle, Variant, drafting
 from slmops.package import build_bundle
 

@@ -15,19 +15,20 @@ from collections.abc import Callable
 
 _EMAIL = re.compile(r"[\w.+%-]+@[\w-]+(?:\.[\w-]+)+")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-_CARD = re.compile(r"(?<![\d-])(?:\d[ -]?){12,18}\d(?![\d-])")
+_DIGITS = re.compile(r"(?<!\d)\d+(?:[ -]\d+)*(?!\d)")
 _IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:])")
 _PHONE = re.compile(
     r"(?<![\w.,-])(?:\+|00)?\(?\d{1,4}\)?(?:[ ./-]?\(?\d{2,5}\)?){1,5}(?:\s?(?:x|ext\.?)\s?\d{1,5})?(?![\w-])"
 )
 _NUMBER = re.compile(r"(?<![\w.])\d{6,}(?![\w.])")
 PHONE_DIGITS = range(7, 16)
+CARD_DIGITS = range(13, 20)
 
 
 def redact(text: str) -> str:
     """``text`` with what is found replaced by tags."""
-    for pattern, tag, holds in _RULES:
-        text = pattern.sub(lambda found, tag=tag, holds=holds: tag if holds(found[0]) else found[0], text)  # type: ignore[misc]
+    for pattern, replace in _RULES:
+        text = pattern.sub(replace, text)
     return text
 
 
@@ -44,6 +45,20 @@ def is_iban(text: str) -> bool:
     return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
 
 
+def _hide_cards(run: re.Match[str]) -> str:
+    """Payment cards within a run of groups of digits, which may go on before and after the card."""
+    pieces = re.split(r"([ -])", run[0])  # groups at even places, what parts them at odd ones
+    start = 0
+    while start < len(pieces):
+        for end in range(len(pieces), start, -2):
+            digits = "".join(pieces[start:end:2])
+            if len(digits) in CARD_DIGITS and passes_luhn(digits):
+                pieces[start:end] = ["<CARD>"]
+                break
+        start += 2
+    return "".join(pieces)
+
+
 def _is_ip(text: str) -> bool:
     try:
         ipaddress.ip_address(text)
@@ -56,16 +71,16 @@ def _is_phone(text: str) -> bool:
     return sum(character.isdigit() for character in text) in PHONE_DIGITS
 
 
-def _always(_: str) -> bool:
-    return True
+def _if(holds: Callable[[str], bool], tag: str) -> Callable[[re.Match[str]], str]:
+    return lambda found: tag if holds(found[0]) else found[0]
 
 
-_RULES: tuple[tuple[re.Pattern[str], str, Callable[[str], bool]], ...] = (
-    (_EMAIL, "<EMAIL>", _always),
-    (_IBAN, "<IBAN>", is_iban),
-    (_CARD, "<CARD>", passes_luhn),
-    (_IP, "<IP>", _is_ip),
-    (_PHONE, "<PHONE>", _is_phone),
-    (_NUMBER, "<NUMBER>", _always),
+_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (_EMAIL, "<EMAIL>"),
+    (_IBAN, _if(is_iban, "<IBAN>")),
+    (_DIGITS, _hide_cards),
+    (_IP, _if(_is_ip, "<IP>")),
+    (_PHONE, _if(_is_phone, "<PHONE>")),
+    (_NUMBER, "<NUMBER>"),
 )
 """In this order: what is checked most strictly comes first."""
