@@ -344,7 +344,7 @@ def test_closed_task_end_to_end(tmp_path: Path) -> None:
     assert teacher_summary["prompt_tokens"] == 12 * 20
     assert teacher_summary["completion_tokens"] == 12 * 5
     assert teacher_summary["success_ratio"] == pytest.approx(7 / 13)
-    assert teacher_summary["seconds"] > 0
+    assert "seconds" not in teacher_summary  # the same answers have the same digest, however long they took
     logs = np.load(draft.path / "teacher_train.npy")
     assert logs.shape == (12, 3)
     assert logs.dtype == np.float32

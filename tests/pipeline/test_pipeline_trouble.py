@@ -60,7 +60,7 @@ def lines_of(path: Path) -> list[str]:
 def test_killed_at_random_moments_and_run_again_it_ends_the_same(place: Place, tmp_path: Path) -> None:
     """Killed in another part of the work each time; what has a final name is whole at every moment."""
     raw = place.raw(evaluate=QUICK)
-    parts = ["data", "adapt teacher", "teacher", "student", "score student-torch", "measure"]
+    parts = ["writing rows", "adapt teacher", "teacher", "student", "score student-torch", "measure"]
     moments, root, kills = random.Random(3), tmp_path / "store", 0
     for attempt in range(len(parts) + 1):
         log = tmp_path / f"log-{attempt}"

@@ -118,9 +118,9 @@ def ask_teacher(
     summary = _summarize(asked)
     if summary["success_ratio"] < config.min_success_ratio:
         raise _too_few(asked, config, summary)
-    summary["seconds"] = round(time.monotonic() - started_s, 3)
     _write(dataset, draft.path, asked, labels if task in CLOSED_TASKS else None, summary)
-    draft.metrics["teacher"] = summary
+    # Not among the files: the same answers have the same digest, however long they took.
+    draft.metrics["teacher"] = {**summary, "seconds": round(time.monotonic() - started_s, 3)}
 
 
 def _request(messages: tuple[Message, ...], config: TeacherConfig, redact: Redact | None) -> GenerationRequest:

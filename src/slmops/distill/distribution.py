@@ -76,9 +76,9 @@ def keep_distribution(
         kept = _open(draft.path / "teacher_transfer.npy", len(extra_texts), len(labels))
         work.fill(kept, extra_texts)
         kept.flush()
-    teacher |= {"transfer_texts": len(extra_texts), "seconds": round(time.monotonic() - started_s, 3)}
+    teacher["transfer_texts"] = len(extra_texts)
     write_json(draft.path / "summary.json", {**dataset.summary, "teacher": teacher})
-    draft.metrics["teacher"] = teacher
+    draft.metrics["teacher"] = {**teacher, "seconds": round(time.monotonic() - started_s, 3)}
 
 
 def log_probabilities(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

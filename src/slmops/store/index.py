@@ -268,5 +268,5 @@ def _storage_error(error: SQLAlchemyError, place: str) -> StorageError:
     elif isinstance(error, OperationalError) and "full" in str(cause):
         remedy = "Free some space or choose another --store."
     else:
-        remedy = "Choose a writable --store, or see that the database answers."
+        remedy = "Free some space or choose a writable --store, or see that the database answers."
     return StorageError(f"The store's index {place} cannot be used: {cause}.", remedy=remedy)
