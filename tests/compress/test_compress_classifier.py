@@ -275,7 +275,7 @@ def test_no_large_weight_is_left_wide(variants: dict[str, Variant]) -> None:
 def test_a_large_graph_keeps_its_weights_beside_it(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr("slmops.compress.graph_files.EXTERNAL_BYTES", 1000)
     for precision in PRECISIONS:
         variant = compress(student, tmp_path / precision, precision, work_fp32=tmp_path / "w")
         assert "model/model.onnx.data" in variant.manifest.files
@@ -384,7 +384,7 @@ def test_answers_that_are_not_finite_are_refused(
 def test_a_tool_that_fails_is_named_with_the_remedy(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(model: Any, precision: str) -> Any:
+    def fail(model: Any, precision: str, weight_only: frozenset[str]) -> Any:
         raise RuntimeError("no such kernel\nwith a long trace")
 
     monkeypatch.setattr("slmops.compress.precision.at_precision", fail)
@@ -394,7 +394,7 @@ def test_a_tool_that_fails_is_named_with_the_remedy(
 
 
 def test_a_tool_that_writes_nothing_is_noticed(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "save_graph", lambda model, folder: None)
+    monkeypatch.setattr("slmops.compress.graph_files.save_graph", lambda model, folder: None)
     monkeypatch.setattr(exporting, "_fp32_graph", lambda *_: onnx.ModelProto())
     with pytest.raises(ConversionError, match=r"ended without model\.onnx"):
         export_classifier(student, draft_in(tmp_path), precision="fp32", **ABOUT)

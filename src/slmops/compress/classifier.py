@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRAPH_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
-EXTERNAL_BYTES = 64 << 20
-"""Graphs above so many bytes keep their weights in a file of their own, which the runtime maps instead of parsing."""
-
 LOGIT_TOLERANCE = 1e-3
 """Largest difference between the graph and torch, as a share of the largest logit (1 at least)."""
 
@@ -76,9 +72,14 @@ def export_classifier(
     progress(Progress(task_name, 1, STEPS, "steps", "weights"))
     what, remedy = f"Converting the classifier to {precision}", f"Leave {precision} out of compress.precisions."
     with step(what, remedy):
+        from slmops.compress.graph_files import save_graph
+        from slmops.compress.outliers import products_with_outliers
         from slmops.compress.precision import at_precision
 
-        save_graph(at_precision(graph, precision), folder)
+        weight_only: frozenset[str] = frozenset()
+        if precision == "int8":
+            weight_only = products_with_outliers(graph, int(config["vocab_size"]), max_tokens)
+        save_graph(at_precision(graph, precision, weight_only), folder)
     del graph
     progress(Progress(task_name, 2, STEPS, "steps", "tokenizer"))
     copy_tokenizer(checkpoint_folder, folder)
@@ -98,30 +99,8 @@ def export_classifier(
     progress(Progress(task_name, 3, STEPS, "steps", "check"))
     check_files(folder, [GRAPH_NAME], what, remedy)
     check_answers(what, remedy, lambda: _ask(folder))
-    draft.metrics |= {"precision": precision, "parameters": parameters}
+    draft.metrics |= {"precision": precision, "parameters": parameters, "weight_only_products": len(weight_only)}
     progress(Progress(task_name, STEPS, STEPS, "steps"))
-
-
-def save_graph(model: onnx.ModelProto, folder: Path) -> None:
-    """Write ``model.onnx``, and ``model.onnx.data`` for a large one."""
-    import onnx
-
-    external = model.ByteSize() > EXTERNAL_BYTES
-    for name in (GRAPH_NAME, DATA_NAME):
-        (folder / name).unlink(missing_ok=True)
-    # save() moves the weights out of the object that it is given; the copy of a graph shares nothing with it.
-    if external:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        model = copy
-    onnx.save(
-        model,
-        folder / GRAPH_NAME,
-        save_as_external_data=external,
-        all_tensors_to_one_file=True,
-        location=DATA_NAME if external else None,
-        size_threshold=1024,
-    )
 
 
 def _fp32_graph(checkpoint: Path, config: dict[str, Any], max_tokens: int, keep: Path | None) -> onnx.ModelProto:
@@ -135,6 +114,8 @@ def _fp32_graph(checkpoint: Path, config: dict[str, Any], max_tokens: int, keep:
     with step("Writing the classifier's graph", "Set compress.choose to fp32, or choose another student.model."):
         graph = _write_graph(checkpoint, config, max_tokens)
     if keep is not None:
+        from slmops.compress.graph_files import save_graph
+
         keep.mkdir(parents=True, exist_ok=True)
         save_graph(graph, keep)
         (keep / "done").touch()
@@ -168,36 +149,18 @@ def _check_same(graph: onnx.ModelProto, classifier: Any, vocabulary: int, max_to
     import numpy as np
     import torch
 
-    lengths = sorted({1, min(7, max_tokens), min(24, max_tokens)})
-    random = np.random.default_rng(0)
-    ids = random.integers(0, vocabulary, (len(lengths), lengths[-1]))
-    mask = (np.arange(lengths[-1]) < np.array(lengths)[:, None]).astype(np.int64)
+    from slmops.compress.graph_files import run_graph, trial_rows
+
+    ids, mask = trial_rows(vocabulary, max_tokens)
     with torch.inference_mode():
         expected = classifier(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
-    logits = _run_graph(graph, ids, mask)
+    (logits,) = run_graph(graph, {"input_ids": ids, "attention_mask": mask}, ["logits"])
     worst = float(np.abs(logits - expected).max()) / max(1.0, float(np.abs(expected).max()))
     if not worst <= LOGIT_TOLERANCE:
         raise ConversionError(
             f"The classifier's graph does not compute what torch does: logits differ by {worst:.2g} of the largest.",
             remedy="Choose another student.model, and report this one.",
         )
-
-
-def _run_graph(graph: onnx.ModelProto, ids: Any, mask: Any) -> Any:
-    import tempfile
-
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as temporary:
-        save_graph(graph, Path(temporary))
-        session = onnxruntime.InferenceSession(
-            str(Path(temporary) / GRAPH_NAME), options, providers=["CPUExecutionProvider"]
-        )
-        return session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
 
 
 def _ask(folder: Path) -> Any:

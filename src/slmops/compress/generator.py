@@ -166,13 +166,12 @@ def _rewrite(folder: Path, precision: Precision) -> None:
     """What the builder does not do for a CPU: fp16 out of its fp32 graph, and embeddings of an int8 graph in 8 bits."""
     import onnx
 
+    from slmops.compress.graph_files import save_graph
     from slmops.compress.precision import shrink_embeddings, to_fp16
 
     model = onnx.load(folder / GRAPH_NAME)
     model = to_fp16(model) if precision == "fp16" else shrink_embeddings(model)
-    for name in (GRAPH_NAME, DATA_NAME):
-        (folder / name).unlink(missing_ok=True)
-    onnx.save(model, folder / GRAPH_NAME, save_as_external_data=True, all_tensors_to_one_file=True, location=DATA_NAME)
+    save_graph(model, folder, external=True)
 
 
 def _ask(folder: Path) -> Any:

@@ -5,8 +5,9 @@ Chosen by measurement on the default student (1 thread, 15 tokens) and on the 13
 * fp16: weights are stored in half the bytes and widened when the graph is loaded (embeddings: when they are read). CPUs
   here have no half-precision kernels worth using, and a graph converted as a whole would be cast to and fro.
 * int8: weights in one byte with a scale for each output channel, activations quantized as they come
-  (``DynamicQuantizeMatMul``); embeddings in one byte with a scale a row. Weight-only 8 bits (``MatMulNBits``) were
-  twice as slow on a tiny student.
+  (``DynamicQuantizeMatMul``); embeddings in one byte with a scale a row. Products whose input would be lost in that
+  (:mod:`slmops.compress.outliers`) keep it: only their weights are quantized (``MatMulNBits``), which is more exact and
+  half as fast.
 * int4: weights in blocks of 32 with a scale each (``MatMulNBits``), embeddings too: they are most of a small model.
 """
 
@@ -26,19 +27,22 @@ from slmops.recipe import Precision
 
 FUSED = "com.microsoft"
 INT4_BLOCK = 32
+WEIGHT_ONLY_BLOCK = 32
 SMALL_ELEMENTS = 4096
 """Constants below so many elements (norms, scales, biases) stay in fp32: they are no size worth saving."""
 
 
-def at_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
-    """A copy of the fp32 graph ``model`` at ``precision`` (``model`` itself for fp32)."""
+def at_precision(
+    model: onnx.ModelProto, precision: Precision, weight_only: frozenset[str] = frozenset()
+) -> onnx.ModelProto:
+    """A copy of the fp32 graph ``model`` at ``precision`` (``model`` itself for fp32). ``weight_only``: for int8."""
     match precision:
         case "fp32":
             return model
         case "fp16":
             return to_fp16(model)
         case "int8":
-            return to_int8(model)
+            return to_int8(model, weight_only)
         case "int4":
             return to_int4(model)
 
@@ -61,8 +65,14 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return rewrite.finish()
 
 
-def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights and activations in 8 bits, embeddings in 8 bits; sums in int32, everything else in fp32."""
+def to_int8(model: onnx.ModelProto, weight_only: frozenset[str] = frozenset()) -> onnx.ModelProto:
+    """Weights and activations in 8 bits, embeddings in 8 bits; sums in int32, everything else in fp32.
+
+    ``weight_only``: names of MatMul nodes whose activations stay wide.
+    """
+    if weight_only:
+        others = [node.name for node in model.graph.node if node.name not in weight_only]
+        model = _in_blocks(model, bits=8, block=WEIGHT_ONLY_BLOCK, operators=("MatMul",), exclude=others)
     rewrite = _Rewrite(model)
     for node in model.graph.node:
         weight = rewrite.weight(node)
@@ -102,21 +112,8 @@ def shrink_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def to_int4(model: onnx.ModelProto, block: int = INT4_BLOCK) -> onnx.ModelProto:
     """Weights and embeddings in 4 bits, ``block`` of them to a scale; activations in 8 bits where that is faster."""
-    with _root_logger_untouched():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-        quantizer = MatMulNBitsQuantizer(
-            _copy(model),
-            bits=4,
-            block_size=block,
-            is_symmetric=True,
-            accuracy_level=4,
-            op_types_to_quantize=("MatMul", "Gather"),
-            nodes_to_exclude=_unquantizable_gathers(model),
-        )
-        quantizer.process()
-    quantized: onnx.ModelProto = quantizer.model.model
-    return quantized
+    exclude = _unquantizable_gathers(model)
+    return _in_blocks(model, bits=4, block=block, operators=("MatMul", "Gather"), exclude=exclude)
 
 
 def symmetric_int8(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -129,6 +126,27 @@ def symmetric_int8(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.i
     scales[scales == 0] = 1
     values = np.clip(np.rint(weight / scales), -127, 127).astype(np.int8)
     return values, scales[0] if axis == 0 else scales
+
+
+def _in_blocks(
+    model: onnx.ModelProto, *, bits: int, block: int, operators: tuple[str, ...], exclude: list[str]
+) -> onnx.ModelProto:
+    """Weights of ``operators`` in ``bits``, ``block`` of them to a scale, but for the nodes named in ``exclude``."""
+    with _root_logger_untouched():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            _copy(model),
+            bits=bits,
+            block_size=block,
+            is_symmetric=True,
+            accuracy_level=4,
+            op_types_to_quantize=operators,
+            nodes_to_exclude=exclude,
+        )
+        quantizer.process()
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
 
 
 def _gather_int8(rewrite: _Rewrite, node: onnx.NodeProto, weight: NDArray[np.float32]) -> None:
@@ -212,7 +230,9 @@ class _Rewrite:
         return name
 
     def add(self, operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
-        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
+        # Names of nodes and of values are apart, but nodes of a foreign graph may be named as its values are.
+        name = f"{output}.{operator}"
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=name, domain=domain, **attributes))
         return output
 
     def has(self, name: str) -> bool:
