@@ -213,6 +213,8 @@ class Recipe(Section):
 # --- reading ----------------------------------------------------------------------------------------------------
 
 _Location = tuple[str | int, ...]
+_TEMPLATES: frozenset[_Location] = frozenset({("data", "input"), ("data", "target")})
+"""Texts that start with a brace, which YAML takes for a mapping where they are not quoted."""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -276,7 +278,9 @@ def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Locatio
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        problems = error.errors()
+        # A misspelled key is unknown, and the right one missing: the former says more.
+        first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
         location: _Location = tuple(first["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise RecipeError(
@@ -306,6 +310,8 @@ def _remedy(problem: Mapping[str, Any], location: _Location) -> str | None:
         known = [field.alias or name for name, field in section.model_fields.items()]
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+    if problem["type"] == "string_type" and location in _TEMPLATES and isinstance(problem["input"], dict):
+        return f'Put it in quotes, for example {location[-1]}: "{{text}}".'
     return None
 
 
@@ -369,8 +375,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {parent} holds a value, not a section.")
         section = below
     try:
-        section[last] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        section[last] = value
+        parsed = value
+    section[last] = value if (*parents, last) in _TEMPLATES and parsed is not None else parsed
     if name in {"data.train", "data.validation", "data.test"} and not _has_scheme(value):
         section[last] = str(Path(value).resolve())

@@ -41,21 +41,26 @@ def ask_served(bundle: Path, question: str) -> dict[str, Any]:
         with urlopen(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
-    except URLError as error:
+    except OSError as error:  # no answer, half of one, or none in time
         raise ServeError(
             f"The server did not answer: {error}.", remedy=f"Try it alone: slmops serve {bundle}"
         ) from None
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _wait_until_ready(url: str, server: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            said = (server.stderr.read() if server.stderr else "").strip().splitlines()
-            raise ServeError(f"The server ended at once: {said[-1] if said else 'it said nothing'}.")
+            lines = (server.stderr.read() if server.stderr else "").strip().splitlines() or ["it said nothing."]
+            said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
+            raise ServeError(f"The server ended at once: {said}")
         try:
             _get(url)
         except (URLError, ConnectionError):
