@@ -105,11 +105,21 @@ class StudentConfig(Section):
     vocabulary: Literal["trim", "keep"] = "trim"
 
 
+class LossWeights(Section):
+    """How much each signal counts; the loss is their weighted sum."""
+
+    gold: Annotated[float, Field(ge=0)] = Field(0.3, description="cross-entropy with the labels of the data")
+    forward_kl: Annotated[float, Field(ge=0)] = Field(0.7, description="from the teacher's softened distribution")
+    hidden: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="distance to the teacher's mean hidden state; null: 1 with a local teacher"
+    )
+
+
 class DistillConfig(Section):
-    """What of the teacher's knowledge is used in training the student."""
+    """What of the teacher's knowledge is used in training the student (closed label sets)."""
 
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    weight: Annotated[float, Field(ge=0, le=1)] = Field(0.7, description="share of the soft loss; the rest is gold")
+    losses: LossWeights = LossWeights()
     transfer_rows: Annotated[float, Field(ge=0)] = Field(
         0.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
     )

@@ -93,6 +93,31 @@ def test_finished_pieces_are_found_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (draft.path / "transfer.jsonl").exists()
 
 
+def test_states_are_kept_where_the_classifier_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distribution, "PIECE_ROWS", 8)
+
+    class Shows(Lengths):
+        def states_and_probabilities(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            states = np.array([[len(text), 1e9, -len(text)] for text in texts], np.float32)
+            return states, self.probabilities(texts)
+
+    data, draft = dataset(tmp_path), make_draft(tmp_path)
+    keep_distribution(data, Shows(), draft, extra_texts=["four"], states=True)
+    lengths = np.array([len(one.text) for one in data.rows("train")])
+    kept = np.load(draft.path / "states_train.npy")
+    assert kept.dtype == np.float16
+    np.testing.assert_array_equal(kept, np.stack([lengths, np.full(30, 65504), -lengths], axis=1))
+    np.testing.assert_array_equal(np.load(draft.path / "states_transfer.npy")[:, 0], [4])
+    assert not (draft.path / "states_validation.npy").exists()
+    for model, states in ((Shows(), False), (Lengths(), True)):
+        plain = make_draft(tmp_path / f"plain{states}")
+        keep_distribution(data, model, plain, states=states)
+        assert not list(plain.path.glob("states_*"))
+        np.testing.assert_array_equal(
+            np.load(plain.path / "teacher_train.npy"), np.load(draft.path / "teacher_train.npy")
+        )
+
+
 def test_certainty_stays_finite() -> None:
     logs = distribution.log_probabilities(np.array([[1.0, 0.0, 0.0]], dtype=np.float32))
     assert np.isfinite(logs).all()

@@ -88,6 +88,25 @@ def test_a_module_alone_and_several_names(package: Path) -> None:
     assert len(one) == len(__version__) + 1 + 16
 
 
+def test_a_module_stands_for_what_it_imports_of_its_stage(package: Path) -> None:
+    """Its neighbours that it does not use may change, and so may another stage."""
+    stage = package / "inner"
+    (stage / "loop.py").write_text("STEPS = 3\n")
+    (stage / "student.py").write_text("from verymuchstage.inner import losses\nfrom verymuchstage.work import work\n")
+    (stage / "losses.py").write_text("def loss():\n    import verymuchstage.inner.loop\n")
+    (stage / "teacher.py").write_text("import json\n")
+    names = ("verymuchstage.inner.student", "verymuchstage.inner.teacher")
+    student, teacher = map(code_version, names)
+    (stage / "loop.py").write_text("STEPS = 444\n")
+    assert code_version(names[0]) != student
+    assert code_version(names[1]) == teacher
+    changed = code_version(names[0])
+    (package / "work.py").write_text("X = 1\n")
+    (stage / "teacher.py").write_text("import json, os\n")
+    assert code_version(names[0]) == changed
+    assert code_version(names[1]) != teacher
+
+
 def test_an_unknown_module_is_a_mistake_of_ours() -> None:
     with pytest.raises(ModuleNotFoundError, match="slmops_no_such"):
         code_version("slmops_no_such")

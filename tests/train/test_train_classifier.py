@@ -18,10 +18,13 @@ from slmops.artifacts import Dataset, Draft, Message, Row
 from slmops.errors import DataError, ModelError
 from slmops.models.classifier import classifier_from_language_model, load_classifier
 from slmops.progress import Progress
-from slmops.recipe import DistillConfig, StudentConfig, TeacherConfig, TrainConfig
-from slmops.runtime import open_classifier
+from slmops.recipe import DistillConfig, LossWeights, StudentConfig, TeacherConfig, TrainConfig
+from slmops.runtime import StatefulClassifier, open_classifier
 from slmops.train import adapt_classifier, train_classifier_student
-from slmops.train.classifier import _closing_tokenizer, lower_states, split_at, student_shape
+from slmops.train.classifier.common import closing_tokenizer
+from slmops.train.classifier.signals import TeacherSignals
+from slmops.train.classifier.student import _TokenObjective, student_shape
+from slmops.train.classifier.teacher import lower_states, split_at
 from slmops.train.tokens import pad
 
 LABELS = tuple(sorted(WORDS_OF))
@@ -211,7 +214,7 @@ def test_a_student_learns_what_the_teacher_says_not_what_is_gold(llama: Path, tm
     """Full weight on the teacher, which has every label one further on: so has the student."""
     shifted = [(label + 1) % 3 for label in gold(toy_rows(48, 0))]
     draft = make_draft(tmp_path)
-    student(answered(tmp_path / "data", shifted), llama, draft, DistillConfig(weight=1.0))
+    student(answered(tmp_path / "data", shifted), llama, draft, DistillConfig(losses=LossWeights(gold=0, forward_kl=1)))
     rows = toy_rows(60, 98)
     assert accuracy(draft.path, rows) < 0.1
     moved = [Row(r.id, r.messages, LABELS[(LABELS.index(r.target or "") + 1) % 3]) for r in rows]
@@ -234,9 +237,7 @@ def test_transfer_texts_teach_without_gold(llama: Path, tmp_path: Path) -> None:
     transfer = [(f"zebra {' '.join(row.text.split()[:2])}", 2) for row in toy_rows(24, 5)]
     dataset = answered(tmp_path / "data", gold(toy_rows(48, 0)), transfer=transfer)
     draft = make_draft(tmp_path)
-    student(
-        dataset, llama, draft, DistillConfig(weight=0.7), train=TrainConfig(precision="fp32", batch_size=8, epochs=20)
-    )
+    student(dataset, llama, draft, DistillConfig(), train=TrainConfig(precision="fp32", batch_size=8, epochs=20))
     assert accuracy(draft.path, toy_rows(60, 98)) > 0.9
     assert accuracy(draft.path, [Row("z", (Message("user", "zebra how are"),), LABELS[2])]) == 1.0
 
@@ -252,7 +253,7 @@ def test_student_and_untaught_twin_are_the_same_net(llama: Path, tmp_path: Path)
 
 
 def test_a_saved_student_gives_the_same_logits(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import slmops.train.classifier as module
+    import slmops.train.classifier.common as module
 
     kept: list[Any] = []
     save = module.save_classifier
@@ -321,6 +322,55 @@ def test_no_closed_label_set(llama: Path, tmp_path: Path) -> None:
             work(make_draft(tmp_path))
 
 
+@pytest.mark.parametrize("hidden", [None, 0.0, 0.5])
+def test_the_loss_is_the_weighted_sum_of_its_signals(llama: Path, tmp_path: Path, hidden: float | None) -> None:
+    """States count by their weight; by the default where they were kept; not at all at 0."""
+    rows = toy_rows(48, 0)
+    dataset = answered(tmp_path / "data", gold(rows), transfer=[("a", 0), ("b", 1)])
+    states = np.random.default_rng(0).normal(3, 2, size=(50, 5)).astype(np.float16)
+    np.save(dataset.path / "states_train.npy", states[:48])
+    np.save(dataset.path / "states_transfer.npy", states[48:])
+    signals = TeacherSignals.read(dataset, {"train": 48, "transfer": 2}, 3, states=hidden)
+    assert signals.hidden_size == (0 if hidden == 0 else 5)
+    config = DistillConfig(temperature=3.0, losses=LossWeights(gold=0.25, forward_kl=0.5, hidden=hidden))
+    objective = _TokenObjective([[1, 2]] * 50, [0] * 50, signals, [], [], config)
+    batch = objective.collate([49, 7])
+    logits, projected = torch.randn(2, 3), torch.randn(2, 5)
+    loss = objective.loss(lambda **_: (logits, projected if signals.hidden_size else None), batch)
+    teacher = torch.from_numpy(
+        np.stack([np.load(dataset.path / "teacher_transfer.npy")[1], np.load(dataset.path / "teacher_train.npy")[7]])
+    )
+    soft = 9 * (teacher / 3).softmax(1).mul((teacher / 3).log_softmax(1) - (logits / 3).log_softmax(1)).sum() / 2
+    expected = 0.25 * -logits.log_softmax(1)[:, 0].mean() + 0.5 * soft
+    if hidden != 0:
+        known = states[:48].astype(np.float64)
+        wanted = (states[[49, 7]] - known.mean(0)) / known.std(0)
+        expected += (1.0 if hidden is None else hidden) * ((projected.numpy() - wanted) ** 2).mean()
+    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_states_help_where_nothing_else_teaches(llama: Path, tmp_path: Path) -> None:
+    """Gold and distribution switched off: what a student learns of the states shows in its own."""
+    dataset = answered(tmp_path / "data", gold(toy_rows(48, 0)))
+    np.save(dataset.path / "states_train.npy", np.eye(3, dtype=np.float16)[gold(toy_rows(48, 0))])
+    draft = make_draft(tmp_path)
+    student(dataset, llama, draft, DistillConfig(losses=LossWeights(gold=0, forward_kl=0, hidden=1)))
+    rows = toy_rows(60, 98)
+    classifier = open_classifier(draft.path)
+    assert isinstance(classifier, StatefulClassifier)
+    states, _ = classifier.states_and_probabilities([row.text for row in rows])
+    centres = np.stack([states[np.array(gold(rows)) == label].mean(0) for label in range(3)])
+    nearest = np.linalg.norm(states[:, None] - centres[None], axis=2).argmin(1)
+    assert float(np.mean(nearest == gold(rows))) > 0.9
+    assert {"projection.weight", "projection.bias"}.isdisjoint(load_file(draft.path / "model.safetensors"))
+
+
+def test_states_that_were_asked_for_and_not_kept(llama: Path, tmp_path: Path) -> None:
+    dataset = answered(tmp_path / "data", gold(toy_rows(48, 0)))
+    with pytest.raises(DataError, match=r"states_train\.npy is missing"):
+        student(dataset, llama, make_draft(tmp_path), DistillConfig(losses=LossWeights(hidden=1.0)))
+
+
 def test_missing_signals(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no teacher's signals: teacher_train\.npy is missing"):
         student(toy_dataset(tmp_path / "data"), llama, make_draft(tmp_path), DistillConfig())
@@ -359,7 +409,7 @@ def test_a_tokenizer_without_configuration(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, folder)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink()
-    assert _closing_tokenizer(folder).encode("my card").ids == _closing_tokenizer(llama).encode("my card").ids[:-1]
+    assert closing_tokenizer(folder).encode("my card").ids == closing_tokenizer(llama).encode("my card").ids[:-1]
     draft = make_draft(tmp_path)
     student(toy_dataset(tmp_path / "data"), folder, draft, None, train=TrainConfig(precision="fp32", epochs=1))
     assert open_classifier(draft.path).labels == LABELS

@@ -22,7 +22,7 @@ from slmops.errors import DataError
 from slmops.progress import Progress
 from slmops.recipe import StudentConfig, TeacherConfig, TrainConfig
 from slmops.train import adapt_generator, train_generator_student
-from slmops.train.generator import EncodedRow, _collate, encode_rows, supervised_logits
+from slmops.train.generator.answers import EncodedRow, _collate, encode_rows, supervised_logits
 
 ANSWERS = {
     "where is my card": "it is lost",

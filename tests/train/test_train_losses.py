@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slmops.train.losses import IGNORED_LABEL, distillation_loss, gold_cross_entropy, softened_divergence
+from slmops.train.losses import IGNORED_LABEL, gold_cross_entropy, hidden_state_distance, softened_divergence
 
 Array = NDArray[np.float64]
 
@@ -103,7 +103,8 @@ def test_gradient_equals_finite_differences(random: np.random.Generator) -> None
         return 0.7 * soft + 0.3 * cross_entropy_reference(logits, labels)
 
     student = torch.tensor(start, requires_grad=True)
-    distillation_loss(student, torch.tensor(labels), torch.tensor(teacher), temperature=2.0, weight=0.7).backward()
+    soft = softened_divergence(student, torch.tensor(teacher), 2.0)
+    (0.7 * soft + 0.3 * gold_cross_entropy(student, torch.tensor(labels))).backward()
     for index in np.ndindex(*start.shape):
         moved = start.copy()
         moved[index] += 1e-5
@@ -133,25 +134,16 @@ def test_a_batch_without_any_gold_is_finite(random: np.random.Generator) -> None
     teacher = torch.tensor(random.normal(size=(3, 4)))
     labels = torch.tensor([IGNORED_LABEL] * 3)
     assert gold_cross_entropy(logits, labels).item() == 0.0
-    loss = distillation_loss(logits, labels, teacher, temperature=2.0, weight=0.7)
+    loss = softened_divergence(logits, teacher, 2.0) + gold_cross_entropy(logits, labels)
     loss.backward()
-    assert loss.item() == pytest.approx(
-        0.7 * divergence_reference(logits.detach().numpy(), teacher.numpy(), 2.0), rel=1e-5
-    )
+    assert loss.item() == pytest.approx(divergence_reference(logits.detach().numpy(), teacher.numpy(), 2.0), rel=1e-5)
 
 
-def test_the_whole_is_the_weighted_sum(random: np.random.Generator) -> None:
-    logits, teacher = random.normal(size=(4, 6)), random.normal(size=(4, 6))
-    labels = [5, 0, IGNORED_LABEL, 2]
-    for weight in (0.0, 0.25, 1.0):
-        found = distillation_loss(
-            torch.tensor(logits), torch.tensor(labels), torch.tensor(teacher), temperature=3.0, weight=weight
-        )
-        expected = weight * divergence_reference(logits, teacher, 3.0)
-        expected += (1 - weight) * cross_entropy_reference(logits, labels)
-        assert found.item() == pytest.approx(expected, rel=1e-5)
-    alone = distillation_loss(torch.tensor(logits), torch.tensor(labels), None, temperature=3.0, weight=0.9)
-    assert alone.item() == pytest.approx(cross_entropy_reference(logits, labels), rel=1e-5)
+def test_distance_of_hidden_states_is_the_mean_square(random: np.random.Generator) -> None:
+    ours, theirs = random.normal(size=(3, 5)), random.normal(size=(3, 5))
+    found = hidden_state_distance(torch.tensor(ours).to(torch.bfloat16), torch.tensor(theirs).to(torch.float16))
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(sum((ours - theirs).ravel() ** 2) / 15, rel=0.02)
 
 
 def test_low_precision_logits_are_summed_in_fp32() -> None:

@@ -128,7 +128,7 @@ teacher:
   # api_key_env: MY_API_KEY                 # the variable that holds the key, never the key itself
 
 student: {from: teacher}      # cut out of the teacher; or {model: hf:owner/name}
-# distill: {temperature: 2.0, weight: 0.7}
+# distill: {temperature: 2.0, losses: {gold: 0.3, forward_kl: 0.7, hidden: 1.0}}
 # train: {epochs: 20, learning_rate: 0.001}
 # compress: {precisions: [fp32, fp16, int8, int4], choose: auto}
 # budget: {size_mb: 10, memory_mb: 200, latency_ms_p95: 5}

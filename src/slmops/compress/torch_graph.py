@@ -16,6 +16,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from slmops.models.classifier import mean_over_tokens
+
 if TYPE_CHECKING:
     from slmops.models.classifier import PooledClassifier
 
@@ -38,7 +40,7 @@ class _Exported(nn.Module):
             seen = seen.expand(-1, -1, tokens, -1)
         mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
         states = self.classifier.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return self.classifier.classify(states, attention_mask)
+        return self.classifier.classify(mean_over_tokens(states, attention_mask))
 
 
 def torch_graph(classifier: PooledClassifier) -> onnx.ModelProto:

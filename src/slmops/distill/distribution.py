@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,17 @@ from slmops.artifacts import SPLITS, Dataset, Draft
 from slmops.distill.files import write_json, write_jsonl
 from slmops.errors import DataError, TeacherError
 from slmops.progress import Progress, ProgressSink, ignore
-from slmops.runtime import Classifier
+from slmops.runtime import Classifier, StatefulClassifier
 from slmops.trust import digest_json
+
+_Number = TypeVar("_Number", np.float16, np.float32)
 
 logger = logging.getLogger(__name__)
 
 PIECE_ROWS = 512
 FLOOR = 1e-9
 """Smallest probability that is kept: log(0) is of no use to a loss."""
+HALF_LARGEST = float(np.finfo(np.float16).max)
 
 
 def keep_distribution(
@@ -41,6 +44,7 @@ def keep_distribution(
     draft: Draft,
     *,
     extra_texts: Sequence[str] = (),
+    states: bool = False,
     progress: ProgressSink = ignore,
 ) -> None:
     """Write ``dataset`` with the classifier's log-probabilities into ``draft.path``.
@@ -48,6 +52,8 @@ def keep_distribution(
     Splits, quarantine and summary are copied (the summary gains ``"teacher"``). ``teacher_train.npy`` and
     ``teacher_validation.npy``: float32 ``[rows, labels]`` log-probabilities, columns in the order of
     ``dataset.labels``. With ``extra_texts`` also ``transfer.jsonl`` (``{"text": ...}``) and ``teacher_transfer.npy``.
+    With ``states``, where the classifier shows them, ``states_train.npy`` and ``states_transfer.npy``: its mean hidden
+    states, float16 ``[rows, hidden]``.
 
     Raises:
         DataError: the data set has no closed label set.
@@ -61,21 +67,18 @@ def keep_distribution(
     for name in (*(f"{split}.jsonl" for split in SPLITS), "quarantine.jsonl"):
         if (dataset.path / name).exists():
             shutil.copyfile(dataset.path / name, draft.path / name)
+    shown = classifier if states and isinstance(classifier, StatefulClassifier) else None
     counts = {split: sum(1 for _ in dataset.rows(split)) for split in ("train", "validation")}
     total = sum(counts.values()) + len(extra_texts)
     teacher: dict[str, Any] = {"asked": total, "agreement_with_gold": {}}
-    work = _Pieces(classifier, columns, draft.work, progress, total)
+    work = _Pieces(classifier, shown, columns, draft, progress, total)
     for split, count in counts.items():
-        kept = _open(draft.path / f"teacher_{split}.npy", count, len(labels))
-        work.fill(kept, (row.text for row in dataset.rows(split)))
+        kept = work.fill(split, count, (row.text for row in dataset.rows(split)))
         targets = (row.target for row in dataset.rows(split))
         teacher["agreement_with_gold"][split] = _agreement(kept, targets, labels)
-        kept.flush()
     if extra_texts:
         write_jsonl(draft.path / "transfer.jsonl", ({"text": text} for text in extra_texts))
-        kept = _open(draft.path / "teacher_transfer.npy", len(extra_texts), len(labels))
-        work.fill(kept, extra_texts)
-        kept.flush()
+        work.fill("transfer", len(extra_texts), extra_texts)
     teacher["transfer_texts"] = len(extra_texts)
     write_json(draft.path / "summary.json", {**dataset.summary, "teacher": teacher})
     draft.metrics["teacher"] = {**teacher, "seconds": round(time.monotonic() - started_s, 3)}
@@ -92,29 +95,57 @@ class _Pieces:
     """Asks the classifier piece by piece; a finished piece is a file named by the digest of what was asked."""
 
     def __init__(
-        self, classifier: Classifier, columns: Sequence[int], folder: Path, progress: ProgressSink, total: int
+        self,
+        classifier: Classifier,
+        shown: StatefulClassifier | None,
+        columns: Sequence[int],
+        draft: Draft,
+        progress: ProgressSink,
+        total: int,
     ) -> None:
-        self._classifier, self._columns = classifier, list(columns)
-        self._folder, self._progress, self._total = folder, progress, total
+        self._classifier, self._shown, self._columns = classifier, shown, list(columns)
+        self._draft, self._progress, self._total = draft, progress, total
         self._done = 0
 
-    def fill(self, kept: NDArray[np.float32], texts: Iterable[str]) -> None:
+    def fill(self, split: str, rows: int, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Write the split's files; gives its log-probabilities."""
+        labels = len(self._columns)
+        kept = _open(self._draft.path / f"teacher_{split}.npy", (rows, labels), np.float32)
+        states: NDArray[np.float16] | None = None
         at = 0
         remaining = iter(texts)
         while piece := list(islice(remaining, PIECE_ROWS)):
-            kept[at : at + len(piece)] = self._piece(piece)
+            answers = self._piece(piece)
+            here = slice(at, at + len(piece))
+            kept[here] = answers[:, :labels]
+            if self._shown is not None and split != "validation":
+                if states is None:
+                    shape = (rows, answers.shape[1] - labels)
+                    states = _open(self._draft.path / f"states_{split}.npy", shape, np.float16)
+                states[here] = answers[:, labels:]
             at += len(piece)
             self._done += len(piece)
             self._progress(Progress("teacher", self._done, self._total, "texts"))
+        for array in (kept, states):
+            if isinstance(array, np.memmap):
+                array.flush()
+        return kept
 
     def _piece(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        path = self._folder / f"distribution-{digest_json([*self._classifier.labels, '', *texts])[:32]}.npy"
+        """``[texts, labels]`` log-probabilities, with ``[texts, hidden]`` states to their right where they are kept."""
+        kind = "distribution" if self._shown is None else "states"
+        path = self._draft.work / f"{kind}-{digest_json([*self._classifier.labels, '', *texts])[:32]}.npy"
         shape = (len(texts), len(self._columns))
         if (known := _load(path, shape)) is not None:
             return known
-        probabilities = np.asarray(self._classifier.probabilities(texts))
+        if self._shown is None:
+            parts = []
+            probabilities = np.asarray(self._classifier.probabilities(texts))
+        else:
+            states, probabilities = self._shown.states_and_probabilities(texts)
+            parts = [np.clip(states, -HALF_LARGEST, HALF_LARGEST)]
         _check(probabilities, shape)
-        piece = log_probabilities(probabilities[:, self._columns])
+        piece = np.hstack([log_probabilities(probabilities[:, self._columns]), *parts])
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             np.save(file, piece)
@@ -130,14 +161,15 @@ def _load(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
     except (ValueError, EOFError, OSError):
         logger.warning("%s is damaged; the teacher is asked again.", path)
         return None
-    return known if known.shape == shape and known.dtype == np.float32 else None
+    fits = known.ndim == 2 and known.shape[0] == shape[0] and known.shape[1] >= shape[1]
+    return known if fits and known.dtype == np.float32 else None
 
 
-def _open(path: Path, rows: int, labels: int) -> np.memmap[Any, np.dtype[np.float32]]:
+def _open(path: Path, shape: tuple[int, int], dtype: type[_Number]) -> np.memmap[Any, np.dtype[_Number]]:
     """An ``.npy`` file to fill in place, so that a million rows need no memory."""
-    if rows == 0:
+    if shape[0] == 0:
         raise DataError(f"There is no row for {path.name}.", remedy="Give more rows, or another data.split.")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, labels))
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
 def _columns(wanted: Sequence[str], known: Sequence[str]) -> list[int]:

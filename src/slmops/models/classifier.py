@@ -44,25 +44,34 @@ class PooledClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
+        return self.classify(self.pooled(input_ids, attention_mask, inputs_embeds))
+
+    def pooled(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """The mean hidden state over each row's tokens, float32 ``[batch, hidden]``."""
         states = self.backbone(
             input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        return self.classify(states, attention_mask)
+        return mean_over_tokens(states, attention_mask)
 
-    def classify(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits ``[batch, labels]`` from hidden states ``[batch, tokens, hidden]``."""
-        states = states.float()
-        if attention_mask is None:
-            pooled = states.mean(dim=1)
-        else:
-            weights = attention_mask.to(states.dtype).unsqueeze(-1)
-            pooled = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits ``[batch, labels]`` from :meth:`pooled` states."""
         return cast(Tensor, self.head(self.dropout(pooled)))
 
     @property
     def parameters_count(self) -> int:
         """Parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def mean_over_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[batch, tokens, hidden]`` to float32 ``[batch, hidden]``; tokens that ``attention_mask`` hides do not count."""
+    states = states.float()
+    if attention_mask is None:
+        return states.mean(dim=1)
+    weights = attention_mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def save_classifier(classifier: PooledClassifier, folder: Path) -> None:

@@ -126,6 +126,13 @@ def _check(recipe: Recipe) -> None:
             f"compress.choose is {wanted}, which is not among compress.precisions.",
             remedy=f"Add it there, or choose one of {', '.join(recipe.compress.precisions)}.",
         )
+    if recipe.distill.losses.hidden and (recipe.teacher.remote or not recipe.closed):
+        raise RecipeError(
+            f"distill.losses.hidden is {recipe.distill.losses.hidden}, but "
+            + ("a teacher behind a server does not show" if recipe.teacher.remote else "open tasks do not keep")
+            + " its hidden states.",
+            remedy="Leave it out, or let a local model teach a closed label set.",
+        )
     if recipe.closed and not recipe.teacher.remote and not recipe.teacher.adapt:
         raise RecipeError(
             f"teacher.adapt is false, but {recipe.teacher.model} has no head for these labels.",

@@ -106,7 +106,7 @@ def make_teacher(context: Context, data: Dataset) -> Checkpoint | None:
             "teacher": recipe.teacher.model_dump(mode="json", include=ADAPT_KEYS),
             "train": recipe.train.model_dump(mode="json", include={"batch_size", "max_tokens", "precision"}),
         },
-        ["slmops.train", "slmops.models.classifier"],
+        [f"slmops.train.{context.form}.teacher", "slmops.models.classifier"],
         lambda draft: adapt(draft=draft),
     )
 
@@ -115,7 +115,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None)
     recipe = context.recipe
     asked = recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"})
     if teacher is not None and recipe.closed:
-        transfer_rows = recipe.distill.transfer_rows
+        transfer_rows, states = recipe.distill.transfer_rows, recipe.distill.losses.hidden != 0
 
         def keep(draft: Draft) -> None:
             texts = [row.text for row in data.rows("train")]
@@ -124,6 +124,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None)
                 open_classifier(teacher.path),
                 draft,
                 extra_texts=vary_texts(texts, rows_each=transfer_rows, seed=recipe.seed),
+                states=states,
                 progress=context.progress,
             )
 
@@ -131,8 +132,8 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None)
             "answers",
             Dataset,
             {"data": data, "teacher": teacher},
-            {"transfer_rows": transfer_rows},
-            ["slmops.distill"],
+            {"transfer_rows": transfer_rows, "states": states},
+            ["slmops.distill.distribution", "slmops.distill.transfer"],
             keep,
         )
 
@@ -206,7 +207,7 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
         Checkpoint,
         {"answers" if taught else "data": answers, "model": model.digest},
         config,
-        ["slmops.train", "slmops.models.classifier"],
+        [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
     )
 

@@ -14,6 +14,8 @@ from slmops.runtime.base import (
     GenerationRequest,
     Generator,
     Probabilities,
+    StatefulClassifier,
+    States,
     TextScore,
 )
 from slmops.runtime.description import ModelDescription
@@ -27,6 +29,8 @@ __all__ = [
     "Generator",
     "ModelDescription",
     "Probabilities",
+    "StatefulClassifier",
+    "States",
     "TextScore",
     "open_classifier",
     "open_generator",

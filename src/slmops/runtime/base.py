@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from slmops.artifacts import Message
 
 FinishReason = Literal["stop", "length"]
 Probabilities = NDArray[np.float32]
+States = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ class Classifier(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class StatefulClassifier(Classifier, Protocol):
+    """A classifier that also shows what it decides from."""
+
+    def states_and_probabilities(self, texts: Sequence[str]) -> tuple[States, Probabilities]:
+        """The mean hidden state over each text's tokens, ``[len(texts), hidden]`` float32, and the distribution."""
+        ...
 
 
 class Generator(Protocol):

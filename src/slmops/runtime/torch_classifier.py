@@ -15,7 +15,7 @@ import numpy as np
 
 from slmops.artifacts import MODEL_DESCRIPTION
 from slmops.errors import CorruptArtifactError, MissingExtraError, ModelError, ModelNotFoundError
-from slmops.runtime.base import Probabilities
+from slmops.runtime.base import Probabilities, States
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.onnx_classifier import BATCH_TOKENS, TOKEN_CHARACTERS, encodable, length_batches, pad, softmax
 
@@ -71,18 +71,25 @@ class TorchClassifier:
 
     def probabilities(self, texts: Sequence[str]) -> Probabilities:
         """``[len(texts), len(labels)]`` float32, in the order of ``texts``; each row sums to 1."""
+        return self.states_and_probabilities(texts)[1]
+
+    def states_and_probabilities(self, texts: Sequence[str]) -> tuple[States, Probabilities]:
+        """The mean hidden state over each text's tokens, ``[len(texts), hidden]`` float32, and the distribution."""
         import torch
 
         if self._classifier is None:
             raise RuntimeError("The classifier is closed.")
         readable = [encodable(text, self._max_characters) for text in texts]
         encoded = [encoding.ids or self._empty for encoding in self._tokenizer.encode_batch_fast(readable)]
-        result = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        states = np.empty((len(texts), self._classifier.head.in_features), dtype=np.float32)
+        probabilities = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         for rows in length_batches([len(ids) for ids in encoded], BATCH_TOKENS):
             ids, mask = pad([encoded[row] for row in rows], self.description.pad_token_id)
             with torch.inference_mode():
-                result[rows] = softmax(self._classifier(torch.from_numpy(ids), torch.from_numpy(mask)).numpy())
-        return result
+                pooled = self._classifier.pooled(torch.from_numpy(ids), torch.from_numpy(mask))
+                states[rows] = pooled.numpy()
+                probabilities[rows] = softmax(self._classifier.classify(pooled).numpy())
+        return states, probabilities
 
     def close(self) -> None:
         """Free the weights. The classifier cannot be used afterwards."""

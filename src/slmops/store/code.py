@@ -1,8 +1,10 @@
 """A version of the code that does a stage's work, so that a changed stage is done again.
 
-Guarantees: the digest changes when a statement of the named packages changes; it does not change with comments,
-formatting, line numbers, or docstrings. Not covered: the libraries below, and modules that are not named. Syntax trees
-differ a little between minor versions of Python, so another Python does the work again.
+Guarantees: the digest changes when a statement of the named code changes; it does not change with comments,
+formatting, line numbers, or docstrings. A package stands for everything below it; a module for itself and for what it
+imports, directly or not, of its own stage (``slmops.train.loop``: of ``slmops.train``). Not covered: the libraries
+below, and other stages that are not named. Syntax trees differ a little between minor versions of Python, so another
+Python does the work again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ DATA_SUFFIXES = frozenset({".jinja", ".css", ".sql"})
 
 
 def code_version(*names: str) -> str:
-    """``"<slmops version>+<16 hex digits>"`` over all Python files and templates of the named modules and packages.
+    """``"<slmops version>+<16 hex digits>"`` over the Python files and templates of the named modules and packages.
+
+    None of them is imported.
 
     Raises:
         ModuleNotFoundError: there is no such module.
@@ -34,17 +38,54 @@ def code_version(*names: str) -> str:
 
 
 def _sources(name: str) -> list[tuple[str, Path]]:
-    spec = find_spec(name)
-    if spec is None:
+    path = _path_of(name)
+    if path is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    if path.is_dir():
+        return [
+            (f"{name}/{below.relative_to(path).as_posix()}", below)
+            for below in path.rglob("*")
+            if below.suffix in {".py", *DATA_SUFFIXES}
+        ]
+    stage = ".".join(name.split(".")[:2]) + "."
+    found = {name: path}
+    waiting = [path]
+    while waiting:
+        status = (path := waiting.pop()).stat()
+        for imported in _imports_of(path, status.st_mtime_ns, status.st_size):
+            source = _path_of(imported) if imported.startswith(stage) and imported not in found else None
+            if source is not None:
+                found[imported] = source / "__init__.py" if source.is_dir() else source
+                waiting.append(found[imported])
+    return list(found.items())
+
+
+def _path_of(name: str) -> Path | None:
+    """The folder of a package or the file of a module; None where there is neither."""
+    top, *below = name.split(".")
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        return None
     if spec.submodule_search_locations is None:
-        return [(name, Path(str(spec.origin)))]
-    return [
-        (f"{name}/{path.relative_to(root).as_posix()}", path)
-        for root in map(Path, spec.submodule_search_locations)
-        for path in root.rglob("*")
-        if path.suffix in {".py", *DATA_SUFFIXES}
-    ]
+        return None if below else Path(spec.origin)
+    path = Path(spec.origin).parent.joinpath(*below)
+    if (path / "__init__.py").is_file():
+        return path
+    file = path.with_name(f"{path.name}.py")
+    return file if file.is_file() else None
+
+
+@lru_cache(maxsize=4096)
+def _imports_of(path: Path, mtime_ns: int, size_bytes: int) -> frozenset[str]:
+    """Absolute names that may be modules: of ``from a import b`` both ``a`` and ``a.b``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
 
 
 @lru_cache(maxsize=4096)

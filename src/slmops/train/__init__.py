@@ -2,7 +2,7 @@
 
 ::
 
-    classifier   closed label sets: adapt a teacher, teach a student
+    classifier   closed label sets: a teacher adapted, a student taught
     generator    open tasks: the same with text
     loop         transformers' Trainer with our batches, losses, progress and exact resume
     student      what is cut out of a teacher

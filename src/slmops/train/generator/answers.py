@@ -1,8 +1,4 @@
-"""Language models for open tasks: a teacher adapted by LoRA, and a student trained on the teacher's answers.
-
-Both read chats through :mod:`slmops.chat`, learn from the answer's tokens alone, and compute logits at no other
-position. Both end as a folder in the layout of transformers, adapters merged.
-"""
+"""Learning to answer: rows as tokens, the loss at the answer's tokens, and what is written in the end."""
 
 from __future__ import annotations
 
@@ -21,24 +17,17 @@ from torch import Tensor, nn
 from slmops.artifacts import Dataset, Draft, Message, Row
 from slmops.chat import ChatTokenizer
 from slmops.errors import DataError
-from slmops.models.quiet import quiet_transformers
-from slmops.progress import ProgressSink, ignore
-from slmops.recipe import StudentConfig, TeacherConfig, TrainConfig
+from slmops.progress import ProgressSink
+from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
 from slmops.train.loop import Batch, LoopConfig, fit, iterate_batches, parameter_groups
-from slmops.train.student import shallow_copy
-from slmops.train.tokens import load_tokenizer, pad
-from slmops.train.vocabulary import trim_vocabulary
+from slmops.train.tokens import pad
 
 ToMessages = Callable[[Row], tuple[Message, ...]]
 
 BATCH_SIZE = 8
-LORA_RANK = 16
-LORA_LEARNING_RATE = 5e-4
 FULL_LEARNING_RATE = 5e-5
-STUDENT_LEARNING_RATE = 5e-4
-STUDENT_LAYERS = 6
-STUDENT_EPOCHS = 3.0
+"""Of weights that are trained whole from where they are."""
 TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json")
 
 
@@ -48,111 +37,6 @@ class EncodedRow:
 
     tokens: list[int]
     supervised: list[bool]
-
-
-def adapt_generator(
-    model_folder: Path,
-    dataset: Dataset,
-    to_messages: ToMessages,
-    config: TeacherConfig,
-    train: TrainConfig,
-    seed: int,
-    draft: Draft,
-    *,
-    progress: ProgressSink = ignore,
-) -> None:
-    """Adapt the language model at ``model_folder`` to the data set's gold answers, by LoRA unless told otherwise.
-
-    Raises:
-        DataError: no row has an answer that fits into ``train.max_tokens``.
-    """
-    from transformers import AutoModelForCausalLM
-
-    quiet_transformers()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    lora = (config.adapt_method or "lora") == "lora"
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-    rate = config.learning_rate or (LORA_LEARNING_RATE if lora else FULL_LEARNING_RATE)
-    _copy_tokenizer(model_folder, draft.path)
-    shutil.copyfile(model_folder / "tokenizer.json", draft.path / "tokenizer.json")
-    history = _fit(
-        model,
-        ChatTokenizer.load(draft.path),
-        dataset,
-        to_messages,
-        train,
-        epochs=config.adapt_epochs,
-        learning_rate=rate,
-        seed=seed,
-        draft=draft,
-        task="adapt teacher",
-        progress=progress,
-    )
-    _save(model.merge_and_unload() if lora else model, history, draft)
-
-
-def train_generator_student(
-    dataset: Dataset,
-    model_folder: Path,
-    to_messages: ToMessages,
-    student: StudentConfig,
-    train: TrainConfig,
-    seed: int,
-    draft: Draft,
-    *,
-    task: str = "student",
-    progress: ProgressSink = ignore,
-) -> None:
-    """Train a language model on the data set's answers (the teacher's, or gold for the untaught baseline).
-
-    The student is cut from the model at ``model_folder`` (:func:`shallow_copy`, vocabulary trimmed to the task), or is
-    that model whole where the recipe names a student.
-
-    Raises:
-        DataError: no row has an answer that fits into ``train.max_tokens``.
-    """
-    quiet_transformers()
-    torch.manual_seed(seed)
-    _copy_tokenizer(model_folder, draft.path)
-    tokenizer = load_tokenizer(model_folder)
-    cut = student.model is None
-    kept_ids: tuple[int, ...] | None = None
-    if cut and student.vocabulary == "trim":
-        full = ChatTokenizer.load(model_folder)
-        texts = [
-            full.render([*to_messages(row), Message("assistant", row.target or "")], add_generation_prompt=False)
-            for split in ("train", "validation")
-            for row in dataset.rows(split)
-        ]
-        vocabulary = trim_vocabulary(tokenizer, texts)
-        tokenizer, kept_ids = vocabulary.tokenizer, vocabulary.kept_ids
-    tokenizer.save(str(draft.path / "tokenizer.json"))
-    if cut:
-        model: Any = shallow_copy(model_folder, kept_ids, student.layers or STUDENT_LAYERS)
-    else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    history = _fit(
-        model,
-        ChatTokenizer.load(draft.path),
-        dataset,
-        to_messages,
-        train,
-        epochs=train.epochs or STUDENT_EPOCHS,
-        learning_rate=train.learning_rate or (STUDENT_LEARNING_RATE if cut else FULL_LEARNING_RATE),
-        seed=seed,
-        draft=draft,
-        task=task,
-        progress=progress,
-    )
-    _save(model, history, draft)
 
 
 def encode_rows(
@@ -212,7 +96,7 @@ class _AnswerObjective:
         return {"loss": loss_sum / max(1, tokens), "accuracy": right / max(1, tokens)}
 
 
-def _fit(
+def fit_answers(
     model: Any,
     tokenizer: ChatTokenizer,
     dataset: Dataset,
@@ -268,13 +152,13 @@ def _collate(rows: Sequence[EncodedRow]) -> Batch:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "supervised": supervised}
 
 
-def _copy_tokenizer(source: Path, destination: Path) -> None:
+def copy_tokenizer(source: Path, destination: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, destination / name)
 
 
-def _save(model: Any, history: list[dict[str, float]], draft: Draft) -> None:
+def save(model: Any, history: list[dict[str, float]], draft: Draft) -> None:
     model.config.use_cache = True
     model.save_pretrained(draft.path)
     (draft.path / "history.json").write_text(json.dumps(history, indent=1), "utf-8")

@@ -1,0 +1,207 @@
+"""A small classifier, taught by gold, by a teacher's distribution over the labels, and by the state it decides from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from slmops.artifacts import Dataset, Draft, read_jsonl
+from slmops.models.classifier import PooledClassifier, classifier_from_language_model
+from slmops.progress import ProgressSink, ignore
+from slmops.recipe import DistillConfig, StudentConfig, TrainConfig
+from slmops.train.batching import steps_for
+from slmops.train.classifier.common import (
+    VALIDATION_BATCH,
+    batch_size_for,
+    closing_tokenizer,
+    labels_of,
+    save,
+    targets_of,
+    validate,
+)
+from slmops.train.classifier.signals import TeacherSignals
+from slmops.train.loop import Batch, LoopConfig, fit, iterate_batches, parameter_groups
+from slmops.train.losses import (
+    IGNORED_LABEL,
+    gold_cross_entropy,
+    hidden_state_distance,
+    softened_divergence,
+)
+from slmops.train.student import StudentShape, narrow_encoder
+from slmops.train.tokens import encode_texts, pad
+from slmops.train.vocabulary import TrimmedVocabulary, trim_vocabulary
+
+LEARNING_RATE = 1e-3
+NAMED_LEARNING_RATE = 1e-4
+SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
+STEPS_AT_LEAST = 800
+EPOCHS = 20.0
+NAMED_EPOCHS = 3.0
+DROPOUT = 0.1
+HIDDEN_WEIGHT = 1.0
+FEW_ROWS = 4000
+COMMON_MERGES = 8000
+"""Fewer training rows than this leave many everyday words unseen, so the student keeps the commonest ones too."""
+
+
+def train_classifier_student(
+    dataset: Dataset,
+    teacher_folder: Path,
+    student: StudentConfig,
+    distill: DistillConfig | None,
+    train: TrainConfig,
+    seed: int,
+    draft: Draft,
+    *,
+    named_model: Path | None = None,
+    task: str = "student",
+    progress: ProgressSink = ignore,
+) -> None:
+    """Train a small classifier on the teacher's distribution and the gold labels; on gold alone without ``distill``.
+
+    ``dataset`` holds the teacher's signals where ``distill`` is given: log-probabilities, and its states if they were
+    kept (see :class:`Dataset`). The student is cut from the model at ``teacher_folder`` unless ``named_model`` is the
+    folder of another to start from.
+
+    Raises:
+        DataError: no labelled rows, or no teacher signals although ``distill`` asks for them.
+    """
+    torch.manual_seed(seed)
+    labels = labels_of(dataset)
+    rows = {split: list(dataset.rows(split)) for split in ("train", "validation")}
+    texts = [row.text for row in rows["train"]]
+    targets = targets_of(rows["train"], labels)
+    signals: TeacherSignals | None = None
+    if distill is not None:
+        transfer_path = dataset.path / "transfer.jsonl"
+        transfer = [raw["text"] for raw in read_jsonl(transfer_path)] if transfer_path.exists() else []
+        splits = {"train": len(texts), **({"transfer": len(transfer)} if transfer else {})}
+        signals = TeacherSignals.read(dataset, splits, len(labels), states=distill.losses.hidden)
+        texts += transfer
+        targets += [IGNORED_LABEL] * len(transfer)
+    source = named_model or teacher_folder
+    tokenizer = closing_tokenizer(source)
+    if named_model is not None:
+        classifier = classifier_from_language_model(named_model, labels)
+        rate = train.learning_rate or NAMED_LEARNING_RATE
+    else:
+        # The vocabulary comes from the labelled rows alone, so that a student and its untaught twin are the same net.
+        vocabulary = _vocabulary(tokenizer, [row.text for row in rows["train"]], student)
+        tokenizer = vocabulary.tokenizer
+        classifier = PooledClassifier(narrow_encoder(source, vocabulary.kept_ids, student_shape(student)), labels)
+        rate = train.learning_rate or LEARNING_RATE
+    classifier.dropout.p = DROPOUT
+    model = _Taught(classifier, signals.hidden_size if signals else 0)
+    objective = _TokenObjective(
+        encode_texts(tokenizer, texts, train.max_tokens),
+        targets,
+        signals,
+        encode_texts(tokenizer, [row.text for row in rows["validation"]], train.max_tokens),
+        targets_of(rows["validation"], labels),
+        distill,
+    )
+    epochs = train.epochs or (EPOCHS if named_model is None else NAMED_EPOCHS)
+    batch_size = train.batch_size or batch_size_for(len(rows["train"]), epochs, STEPS_AT_LEAST)
+    steps = steps_for(len(rows["train"]), batch_size, epochs)
+    history = fit(
+        model,
+        objective,
+        parameter_groups(list(model.parameters()), rate, 0.05),
+        LoopConfig(
+            steps=steps,
+            batch_size=batch_size,
+            validate_every_steps=max(1, min(train.checkpoint_every_steps, steps)),
+            patience=train.patience,
+            precision=train.precision,
+            seed=seed,
+        ),
+        draft.work,
+        task=task,
+        progress=progress,
+    )
+    save(classifier, tokenizer, source, history, draft)
+
+
+def student_shape(student: StudentConfig) -> StudentShape:
+    """The shape that the recipe asks for, with the defaults of closed label sets."""
+    hidden_size = student.hidden_size or SHAPE.hidden_size
+    return StudentShape(
+        layers=student.layers or SHAPE.layers,
+        hidden_size=hidden_size,
+        intermediate_size=student.intermediate_size or 2 * hidden_size,
+    )
+
+
+class _Taught(nn.Module):
+    """The student and, where it follows the teacher's states, the projection onto them that only training needs.
+
+    ``teacher_hidden_size``: 0 for no projection.
+    """
+
+    def __init__(self, classifier: PooledClassifier, teacher_hidden_size: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.projection = nn.Linear(classifier.head.in_features, teacher_hidden_size) if teacher_hidden_size else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits ``[rows, labels]``, and states ``[rows, teacher's hidden]`` where there is a projection."""
+        pooled = self.classifier.pooled(input_ids, attention_mask)
+        return self.classifier.classify(pooled), None if self.projection is None else self.projection(pooled)
+
+
+@dataclass
+class _TokenObjective:
+    """The weighted sum of the signals: gold where it is known, the teacher where it spoke."""
+
+    tokens: list[list[int]]
+    targets: list[int]
+    signals: TeacherSignals | None
+    validation_tokens: list[list[int]]
+    validation_targets: list[int]
+    distill: DistillConfig | None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.tokens]
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        input_ids, attention_mask = pad([self.tokens[i] for i in indices])
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.tensor([self.targets[i] for i in indices]),
+        }
+        return batch if self.signals is None else {**batch, **self.signals.batch(indices)}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits, states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        gold = gold_cross_entropy(logits, batch["labels"])
+        if self.distill is None:
+            return gold
+        weights = self.distill.losses
+        soft = softened_divergence(logits, batch["teacher_log_probabilities"], self.distill.temperature)
+        loss = weights.gold * gold + weights.forward_kl * soft
+        if states is not None:
+            hidden = HIDDEN_WEIGHT if weights.hidden is None else weights.hidden
+            loss = loss + hidden * hidden_state_distance(states, batch["teacher_states"])
+        return loss
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        def logits_of(indices: list[int]) -> Tensor:
+            input_ids, attention_mask = pad([self.validation_tokens[i] for i in indices])
+            return cast(Tensor, model(input_ids=input_ids, attention_mask=attention_mask)[0])
+
+        batches = iterate_batches([len(sequence) for sequence in self.validation_tokens], VALIDATION_BATCH)
+        return validate(((indices, logits_of(indices)) for indices in batches), self.validation_targets)
+
+
+def _vocabulary(tokenizer: Tokenizer, texts: Sequence[str], student: StudentConfig) -> TrimmedVocabulary:
+    if student.vocabulary == "keep":
+        return TrimmedVocabulary(tokenizer, tuple(range(tokenizer.get_vocab_size())))
+    return trim_vocabulary(tokenizer, texts, common_merges=COMMON_MERGES if len(texts) < FEW_ROWS else 0)
