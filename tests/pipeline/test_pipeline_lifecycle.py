@@ -16,6 +16,7 @@ from slmops.errors import CorruptArtifactError, ModelError, StorageError
 from slmops.evaluate.summary import REQUIRED_KEYS
 from slmops.package import verify_bundle
 from slmops.pipeline import RunResult, run_recipe
+from slmops.pipeline.ship import _licence_texts
 from slmops.progress import Progress
 from slmops.runtime import open_classifier
 from slmops.store import Store
@@ -94,6 +95,14 @@ def test_the_page_shows_the_same_numbers(done: Done) -> None:
     page = (done.store / "runs" / "tiny" / "report.html").read_text("utf-8")
     assert done.result.report["verdict"].split(",")[0][:40] in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_licences_beside_model_and_data_go_with_the_bundle(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.txt").write_text("Apache License\nVersion 2.0\n")
+    (tmp_path / "NOTICE").write_bytes(b"Made by J\xf6rg")
+    (tmp_path / "licenses").mkdir()
+    assert _licence_texts(tmp_path) == "\nApache License\nVersion 2.0\n\nMade by J\ufffdrg\n"
+    assert _licence_texts(tmp_path / "nowhere") == ""
 
 
 def test_the_bundle_verifies_and_answers(done: Done) -> None:

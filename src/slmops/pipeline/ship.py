@@ -96,11 +96,21 @@ def _copy_tree(source: Path, destination: Path) -> None:
 
 
 def _licenses(context: Context) -> dict[str, str]:
+    """What is known of the licences: a line that says whose, and the texts that lie beside the model and the data."""
     model = context.named_student or context.base
+    data = Path(context.recipe.data.train)
+    stated = model.license or "no licence stated; ask whoever published it"
     return {
-        "base-model": f"{model.source}: {model.license or 'no licence stated; ask whoever published it'}\n",
-        "data": f"{Path(context.recipe.data.train).name}: as stated by whoever gave it; slmops has not checked it\n",
+        "base-model": f"{model.source}: {stated}\n{_licence_texts(model.path)}",
+        "data": f"{data.name}: as stated by whoever gave it; slmops has not checked it\n{_licence_texts(data.parent)}",
     }
+
+
+def _licence_texts(folder: Path) -> str:
+    """The files ``LICENSE*``, ``LICENCE*`` and ``NOTICE*`` of ``folder``, each after a blank line."""
+    names = ("license", "licence", "notice")
+    found = (path for path in sorted(folder.glob("*")) if path.name.lower().startswith(names) and path.is_file())
+    return "".join(f"\n{path.read_text('utf-8', errors='replace').rstrip()}\n" for path in found)
 
 
 def _replace_text(path: Path, text: str) -> None:
