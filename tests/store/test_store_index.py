@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from fakes import postgres
+from skipping import skip_or_fail
 from slmops.artifacts import MANIFEST_NAME, Dataset, Draft, Report
 from slmops.errors import ArtifactError, StorageError, UsageError
 from slmops.store import Run, Store
@@ -172,12 +175,22 @@ def test_another_database_by_url(filled: Store, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere.db").exists()
 
 
-@pytest.mark.skipif("SLMOPS_TEST_DATABASE_URL" not in os.environ, reason="SLMOPS_TEST_DATABASE_URL names no server")
-def test_a_server_holds_the_index_as_well(filled: Store) -> None:
-    """For instance ``postgresql+psycopg://localhost/slmops_test``; its tables are emptied."""
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    bin_folder = postgres.programs()
+    if bin_folder is None:
+        skip_or_fail("PostgreSQL (initdb and pg_ctl)")
+    # Not below pytest's folders: those are closed to the user that the server runs as.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with postgres.postgres_server(Path(folder) / "server", bin_folder) as url:
+            yield url
+
+
+def test_a_server_holds_the_index_as_well(filled: Store, postgres_url: str) -> None:
     before = snapshot(filled)
     for _ in range(2):
-        with Store.open(filled.root, url=os.environ["SLMOPS_TEST_DATABASE_URL"]) as other:
+        with Store.open(filled.root, url=postgres_url) as other:
             assert snapshot(other) == before
             other.rebuild_index()
             assert snapshot(other) == before
