@@ -49,6 +49,29 @@ class Taught(nn.Module):
         width = base_of(student).config.hidden_size
         self.projections = nn.ModuleDict({str(layer): nn.Linear(width, teacher_hidden_size) for layer in layer_map})
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Tensors that share memory (tied embeddings) once: safetensors writes no other way."""
+        whole = super().state_dict(*args, **options)
+        for name in self._repeated():
+            whole.pop(name, None)
+        return whole
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What :meth:`state_dict` gave."""
+        again = {name: state_dict[first] for name, first in self._repeated().items() if first in state_dict}
+        return super().load_state_dict({**again, **state_dict}, strict, assign)
+
+    def _repeated(self) -> dict[str, str]:
+        """Name -> the name under which the same tensor came before."""
+        first: dict[int, str] = {}
+        repeated: dict[str, str] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if id(parameter) in first:
+                repeated[name] = first[id(parameter)]
+            else:
+                first[id(parameter)] = name
+        return repeated
+
 
 def base_of(model: Any) -> Any:
     """The language model itself, under projections and adapters."""
