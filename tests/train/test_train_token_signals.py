@@ -284,7 +284,14 @@ def test_the_teacher_beside_gives_the_whole_divergence_and_the_buckets(llama: Pa
         logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     ours = logits[:, :-1][batch["supervised"][:, 1:].bool()].log_softmax(-1)
     expected = (teacher.exp() * (teacher - ours)).sum(-1).mean()
-    assert whole.loss(student, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+    found = whole.loss(student, batch)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    found.backward()
+    student_logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    ours = student_logits[:, :-1][batch["supervised"][:, 1:].bool()].log_softmax(-1)
+    slopes = torch.autograd.grad((teacher.exp() * (teacher - ours)).sum(-1).mean(), list(student.parameters()))
+    for parameter, slope in zip(student.parameters(), slopes, strict=True):
+        torch.testing.assert_close(parameter.grad, slope, atol=1e-5, rtol=1e-3)
     # The same buckets, once from disk and once from the teacher beside.
     beside = objective(llama, None, dataset, losses, top_k=TOP_K, on_policy_share=1.0)
     assert beside.loss(student, batch).item() == pytest.approx(  # not in training: nothing is written

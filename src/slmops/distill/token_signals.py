@@ -85,7 +85,8 @@ def plan_token_signals(
     max_tokens: int,
 ) -> SignalPlan:
     """Cut and mark the rows as training does, so that the size is known before the teacher is loaded."""
-    sequences, wanted = [], []
+    sequences: list[list[int]] = []
+    wanted: list[list[int]] = []
     for row in dataset.rows(SPLIT):
         if row.target is None:
             sequences.append([])

@@ -193,9 +193,9 @@ class TaughtObjective(AnswerObjective):
             batch, own = self._with_own_answers(student, batch)
         show = {"output_hidden_states": "hidden" in self.weights, "output_attentions": "attention" in self.weights}
         show = {name: True for name, on in show.items() if on}
-        seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        out = student.model(**seen, use_cache=False, **show)
-        theirs = self.online(**seen, **show) if self.online is not None else None
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        out = student.model(input_ids=ids, attention_mask=mask, use_cache=False, **show)
+        theirs = self.online(ids, mask, **show) if self.online is not None else None
         wanted = batch["supervised"][:, 1:].bool()
         targets = batch["input_ids"][:, 1:][wanted]
         gold = targets.masked_fill(own[:, None].expand_as(wanted)[wanted], IGNORED_LABEL)
@@ -243,7 +243,7 @@ class TaughtObjective(AnswerObjective):
         for ours, theirs, weights, sorted_view in self._compared(soft, rows, view):
             found = self._divergences(ours, theirs, weights)
             if "uld" in self.weights:
-                found["uld"] = sorted_distance(soft, *sorted_view, weights)
+                found["uld"] = sorted_distance(soft, *sorted_view, weights=weights)
             for name, value in found.items():
                 parts[name] = parts.get(name, value.new_zeros(())) + share * value
         return parts
@@ -276,20 +276,19 @@ class TaughtObjective(AnswerObjective):
         teacher = cast(OnlineTeacher, self.online)
         with torch.no_grad():
             logits = teacher.head(states).float() / self.temperature
-            if self.config.top_k is None:
-                # Over the tokens that both have; softmax makes it a distribution again.
-                shared = logits if teacher.kept is None else logits[:, teacher.kept]
-                width = min(shared.shape[-1], soft.shape[-1])
-                return soft[:, :width], shared[:, :width]
-            logs = logits.log_softmax(dim=-1)
-            best = logs.topk(min(self.config.top_k, logs.shape[-1] - 1), dim=-1)
-            tail = logs.scatter(-1, best.indices, -torch.inf).logsumexp(dim=-1)
-            ids, kept, tail = best.indices, best.values, tail
-            lookup = self._lookup(logs.shape[-1], soft.shape[-1], teacher)
-            if lookup is not None:
-                ids, kept, tail = to_student(ids, kept, tail, lookup)
-            theirs = torch.cat([kept, tail[:, None]], dim=-1)
-        return bucket_logits(soft, ids), theirs
+        if self.config.top_k is None:
+            # Over the tokens that both have; softmax makes it a distribution again.
+            shared = logits if teacher.kept is None else logits[:, teacher.kept]
+            width = min(shared.shape[-1], soft.shape[-1])
+            return soft[:, :width], shared[:, :width]
+        logs = logits.log_softmax(dim=-1)
+        best = logs.topk(min(self.config.top_k, logs.shape[-1] - 1), dim=-1)
+        ids, kept = best.indices, best.values
+        tail = logs.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+        lookup = self._lookup(logs.shape[-1], soft.shape[-1], teacher)
+        if lookup is not None:
+            ids, kept, tail = to_student(ids, kept, tail, lookup)
+        return bucket_logits(soft, ids), torch.cat([kept, tail[:, None]], dim=-1)
 
     def _lookup(self, vocabulary: int, ours: int, teacher: OnlineTeacher) -> Tensor | None:
         if not hasattr(self, "_lookup_kept"):
