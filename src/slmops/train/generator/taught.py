@@ -243,7 +243,8 @@ class TaughtObjective(AnswerObjective):
         for ours, theirs, weights, sorted_view in self._compared(soft, rows, view):
             found = self._divergences(ours, theirs, weights)
             if "uld" in self.weights:
-                found["uld"] = sorted_distance(soft, *sorted_view, weights=weights)
+                logs, tail = sorted_view
+                found["uld"] = sorted_distance(soft, logs, tail, weights)
             for name, value in found.items():
                 parts[name] = parts.get(name, value.new_zeros(())) + share * value
         return parts
