@@ -98,7 +98,9 @@ class TokenTeacher:
     def _reduce(self, states: Any, coming: Any, top_k: int, temperature: float) -> tuple[NDArray[Any], ...]:
         import torch
 
-        logits = self._model.get_output_embeddings()(states).float() / temperature
+        logits = self._model.get_output_embeddings()(states).float()
+        if temperature != 1:
+            logits /= temperature
         whole = logits.logsumexp(dim=-1, keepdim=True)
         following = logits.gather(-1, coming[:, None]) - whole
         best = logits.topk(top_k, dim=-1)

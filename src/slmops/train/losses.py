@@ -86,14 +86,34 @@ def bucket_logits(logits: Tensor, ids: Tensor) -> Tensor:
     probability 0. Softmax over the buckets gives each token its probability and the last the mass of the rest, so that
     any divergence over buckets is one over distributions.
     """
-    logits = logits.float()
-    known = ids >= 0
-    places = ids.clamp(min=0)
-    picked = logits.gather(-1, places).masked_fill(~known, NOTHING)
-    # An id of -1 stands at place 0 here and must not hide token 0: there it adds nothing.
-    hidden = torch.zeros_like(logits, requires_grad=False)
-    hidden.scatter_reduce_(-1, places, torch.where(known, NOTHING, 0.0), "amin")
-    return torch.cat([picked, torch.logsumexp(logits + hidden, dim=-1, keepdim=True)], dim=-1)
+    buckets: Tensor = _Buckets.apply(logits.float(), ids)  # type: ignore[no-untyped-call]
+    return buckets
+
+
+class _Buckets(torch.autograd.Function):
+    """Forward makes one copy of the logits, and backward one tensor of their width: wide passes are what it costs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        known = ids >= 0
+        picked = logits.gather(-1, ids.clamp(min=0)).masked_fill(~known, NOTHING)
+        # An id of -1 stands for another of its row here, so that nothing is hidden for it.
+        places = torch.where(known, ids, ids.max(dim=-1, keepdim=True).values)
+        none = places[:, 0] < 0
+        others = logits.scatter(-1, places.clamp(min=0), NOTHING)
+        if bool(none.any()):
+            others[none] = logits[none]
+        rest = torch.logsumexp(others, dim=-1, keepdim=True)
+        ctx.save_for_backward(others, rest, ids)
+        return torch.cat([picked, rest], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Any) -> Any:
+        [factor] = arrived
+        others, rest, ids = ctx.saved_tensors
+        gradient = (others - rest).exp_().mul_(factor[:, -1:])
+        of_picked = factor[:, :-1].masked_fill(ids < 0, 0.0)
+        return gradient.scatter_add_(-1, ids.clamp(min=0), of_picked), None
 
 
 def sorted_distance(

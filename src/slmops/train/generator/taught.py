@@ -239,7 +239,7 @@ class TaughtObjective(AnswerObjective):
         if "gold" in self.weights:
             summed = F.cross_entropy(logits.float(), gold[rows], ignore_index=IGNORED_LABEL, reduction="sum")
             parts["gold"] = summed / (gold != IGNORED_LABEL).sum().clamp(min=1)
-        soft = logits.float() / self.temperature
+        soft = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         for ours, theirs, weights, sorted_view in self._compared(soft, rows, view):
             found = self._divergences(ours, theirs, weights)
             if "uld" in self.weights:
