@@ -22,7 +22,7 @@ from slmops.errors import DataError
 from slmops.progress import Progress
 from slmops.recipe import StudentConfig, TeacherConfig, TrainConfig
 from slmops.train import adapt_generator, train_generator_student
-from slmops.train.generator.answers import EncodedRow, _collate, encode_rows, supervised_logits
+from slmops.train.generator.answers import EncodedRow, collate_rows, encode_rows, supervised_logits
 
 ANSWERS = {
     "where is my card": "it is lost",
@@ -71,7 +71,7 @@ def answer_loss(model: Any, folder: Path, rows: list[Row]) -> float:
 
 def batch_of(llama: Path) -> tuple[list[EncodedRow], dict[str, torch.Tensor]]:
     rows = encode_rows(ChatTokenizer.load(llama), chat_rows(1), to_messages, 512)
-    return rows, _collate(rows)
+    return rows, collate_rows(rows)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -105,7 +105,7 @@ def test_padding_changes_no_logit(llama: Path) -> None:
     assert len({len(row.tokens) for row in rows}) > 1
     with torch.no_grad():
         together, _ = supervised_logits(model, batch)
-        alone = torch.cat([supervised_logits(model, _collate([row]))[0] for row in rows])
+        alone = torch.cat([supervised_logits(model, collate_rows([row]))[0] for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 

@@ -51,6 +51,13 @@ class Dataset(Artifact):
 
 
 @dataclass(frozen=True)
+class Signals(Artifact):
+    """What a teacher thinks of every token of a data set's answers: see :mod:`slmops.artifacts.token_signals`."""
+
+    kind: ClassVar[str] = "signals"
+
+
+@dataclass(frozen=True)
 class Checkpoint(Artifact):
     """Trained weights in the layout of transformers: ``config.json``, ``model.safetensors``, ``tokenizer.json``,
     ``tokenizer_config.json``, ``chat_template.jinja`` where the model chats; ``labels.json`` for a classifier;
@@ -114,7 +121,7 @@ class Bundle(_WithModel):
     kind: ClassVar[str] = "bundle"
 
 
-KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Dataset, Checkpoint, Variant, Report, Bundle)}
+KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Dataset, Signals, Checkpoint, Variant, Report, Bundle)}
 
 
 def open_artifact(path: Path | str) -> Artifact:

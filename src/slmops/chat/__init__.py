@@ -4,6 +4,7 @@ Training, scoring and every engine that generates read their ids from here, so t
 form in which it was taught. Needs jinja2 and tokenizers, nothing heavier.
 """
 
+from slmops.chat.files import tokenizer_digest
 from slmops.chat.streaming import StreamDecoder
 from slmops.chat.template import DEFAULT_OPTIONS, TEMPLATE_DATE, ChatTemplate
 from slmops.chat.tokens import ChatTokenizer, EncodedChat
@@ -15,4 +16,5 @@ __all__ = [
     "ChatTokenizer",
     "EncodedChat",
     "StreamDecoder",
+    "tokenizer_digest",
 ]

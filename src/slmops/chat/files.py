@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops.errors import ModelError, ModelNotFoundError
+from slmops.trust import digest_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,6 +39,18 @@ def open_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest of what turns text into ids at ``folder``: equal digests, equal ids. How long texts may be and what they
+    are padded with does not count.
+
+    Raises:
+        ModelNotFoundError, ModelError: there is no tokenizer, or it is damaged.
+    """
+    open_tokenizer(folder / "tokenizer.json")
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    return digest_json({name: value for name, value in spec.items() if name not in ("padding", "truncation")})
 
 
 def _with_whole_offsets(source: str) -> str:

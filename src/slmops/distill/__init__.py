@@ -10,6 +10,7 @@ from slmops.distill.engine import OpenAITeacher
 from slmops.distill.privacy import check_remote_allowed, leaves_machine
 from slmops.distill.prompts import student_messages, teacher_messages
 from slmops.distill.teachers import LocalTeacher, TeacherFailure, TextTeacher
+from slmops.distill.token_signals import keep_token_signals, plan_token_signals
 from slmops.distill.transfer import vary_texts
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "check_answer",
     "check_remote_allowed",
     "keep_distribution",
+    "keep_token_signals",
     "leaves_machine",
+    "plan_token_signals",
     "student_messages",
     "teacher_messages",
     "vary_texts",

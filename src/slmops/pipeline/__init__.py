@@ -28,7 +28,16 @@ from slmops.models import fetch_model
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.ship import make_place, package, publish
-from slmops.pipeline.teach import ask_for_answers, check_fits, check_judgeable, make_student, make_teacher, prepare_data
+from slmops.pipeline.teach import (
+    ask_for_answers,
+    check_fits,
+    check_judgeable,
+    check_signals,
+    impossible_signals,
+    make_student,
+    make_teacher,
+    prepare_data,
+)
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Precision, Recipe
 from slmops.store import Store, code_version
@@ -75,9 +84,10 @@ def run_recipe(
     data = prepare_data(context)
     check_judgeable(context, data)
     check_fits(context)
+    check_signals(context)
     teacher = make_teacher(context, data)
     answers = ask_for_answers(context, data, teacher)
-    student = make_student(context, "student", answers, taught=True)
+    student = make_student(context, "student", answers, taught=True, teacher=teacher, data=data)
     untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
     report = evaluate(context, data, teacher, student, untaught)
     bundle = package(context, report, data, teacher, student)
@@ -126,13 +136,8 @@ def _check(recipe: Recipe) -> None:
             f"compress.choose is {wanted}, which is not among compress.precisions.",
             remedy=f"Add it there, or choose one of {', '.join(recipe.compress.precisions)}.",
         )
-    if recipe.distill.losses.hidden and (recipe.teacher.remote or not recipe.closed):
-        raise RecipeError(
-            f"distill.losses.hidden is {recipe.distill.losses.hidden}, but "
-            + ("a teacher behind a server does not show" if recipe.teacher.remote else "open tasks do not keep")
-            + " its hidden states.",
-            remedy="Leave it out, or let a local model teach a closed label set.",
-        )
+    if problem := impossible_signals(recipe):
+        raise problem
     if recipe.closed and not recipe.teacher.remote and not recipe.teacher.adapt:
         raise RecipeError(
             f"teacher.adapt is false, but {recipe.teacher.model} has no head for these labels.",

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft
+from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Signals
+from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.data import prepare, source_digests, stage_config
-from slmops.distill import LocalTeacher, OpenAITeacher, ask_teacher, keep_distribution, vary_texts
-from slmops.errors import DataError
+from slmops.distill import (
+    LocalTeacher,
+    OpenAITeacher,
+    ask_teacher,
+    keep_distribution,
+    keep_token_signals,
+    plan_token_signals,
+    vary_texts,
+)
+from slmops.errors import DataError, RecipeError
 from slmops.models import check_memory, fetch_hub_dataset, model_facts
 from slmops.pipeline.context import Context
-from slmops.recipe import recipe_json
+from slmops.recipe import DISTRIBUTION_LOSSES, Recipe, recipe_json
 from slmops.runtime import open_classifier, open_generator
 
 ADAPT_KEYS = {"model", "adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
@@ -60,29 +69,32 @@ def check_fits(context: Context) -> None:
         )
 
 
-def make_teacher(context: Context, data: Dataset) -> Checkpoint | None:
-    """The local teacher, adapted to the task; None where a server teaches."""
+def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint | None:
+    """The local teacher, adapted to the task; None where a server teaches. ``number`` 2 and more: a further one."""
     from slmops.train import adapt_classifier, adapt_generator
 
     recipe = context.recipe
-    if recipe.teacher.remote:
+    config = recipe.teacher if number == 1 else recipe.teachers[number - 2]
+    if config.remote:
         return None
-    if not recipe.teacher.adapt:
+    base = context.base if number == 1 else context.fetch(config.model)
+    name = _numbered("teacher", number)
+    if not config.adapt:
         return context.stage(
-            "teacher",
+            name,
             Checkpoint,
-            {"model": context.base.digest},
+            {"model": base.digest},
             {},
             ["slmops.models"],
-            lambda draft: _copy_model(context.base.path, draft),
+            lambda draft: _copy_model(base.path, draft),
         )
     adapt: Callable[[Draft], None]
     if recipe.closed:
         adapt = partial(
             adapt_classifier,
-            context.base.path,
+            base.path,
             data,
-            recipe.teacher,
+            config,
             recipe.train,
             recipe.seed,
             progress=context.progress,
@@ -90,20 +102,20 @@ def make_teacher(context: Context, data: Dataset) -> Checkpoint | None:
     else:
         adapt = partial(
             adapt_generator,
-            context.base.path,
+            base.path,
             data,
             context.student_messages,
-            recipe.teacher,
+            config,
             recipe.train,
             recipe.seed,
             progress=context.progress,
         )
     return context.stage(
-        "teacher",
+        name,
         Checkpoint,
-        {"data": data, "model": context.base.digest},
+        {"data": data, "model": base.digest},
         {
-            "teacher": recipe.teacher.model_dump(mode="json", include=ADAPT_KEYS),
+            "teacher": config.model_dump(mode="json", include=ADAPT_KEYS),
             "train": recipe.train.model_dump(mode="json", include={"batch_size", "max_tokens", "precision"}),
         },
         [f"slmops.train.{context.form}.teacher", "slmops.models.classifier"],
@@ -111,11 +123,12 @@ def make_teacher(context: Context, data: Dataset) -> Checkpoint | None:
     )
 
 
-def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None) -> Dataset:
+def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None, number: int = 1) -> Dataset:
+    """What the teacher says to the rows. ``number`` 2 and more: of the further ones (closed label sets)."""
     recipe = context.recipe
     asked = recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"})
     if teacher is not None and recipe.closed:
-        transfer_rows, states = recipe.distill.transfer_rows, recipe.distill.losses.hidden != 0
+        transfer_rows, states = recipe.distill.transfer_rows, number == 1 and recipe.distill.losses.hidden != 0
 
         def keep(draft: Draft) -> None:
             texts = [row.text for row in data.rows("train")]
@@ -129,7 +142,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None)
             )
 
         return context.stage(
-            "answers",
+            _numbered("answers", number),
             Dataset,
             {"data": data, "teacher": teacher},
             {"transfer_rows": transfer_rows, "states": states},
@@ -166,13 +179,148 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None)
     return context.stage("answers", Dataset, inputs, {"teacher": asked}, ["slmops.distill", "slmops.data.redact"], ask)
 
 
-def make_student(context: Context, name: str, answers: Dataset, *, taught: bool) -> Checkpoint:
+def check_signals(context: Context) -> None:
+    """Refuse signals that cannot be had, before any work is done.
+
+    Raises:
+        RecipeError: the task or the teacher does not show what a loss needs.
+        UsageError: ``distill.layer_map`` names a layer that is not there.
+    """
+    recipe, distill = context.recipe, context.recipe.distill
+    weights = distill.weights(closed=recipe.closed)
+    if problem := impossible_signals(recipe):
+        raise problem
+    if recipe.closed or not (distill.online or distill.cached):
+        return
+    student = context.named_student or context.base
+    teachers = [context.base, *(context.fetch(teacher.model) for teacher in recipe.teachers)]
+    compared = weights.keys() - {"gold", "uld"}
+    if compared or distill.on_policy_share:
+        ours = tokenizer_digest(student.path)
+        for teacher in teachers:
+            if tokenizer_digest(teacher.path) != ours:
+                raise RecipeError(
+                    f"distill.losses.{min(compared or {'uld'})} compares token by token, but the tokenizer of the "
+                    "teacher is not the student's.",
+                    remedy="Choose a student of the teacher's family, or learn by distill.losses.uld.",
+                )
+    if weights.keys() & {"hidden", "attention"}:
+        from slmops.train.generator.student import LAYERS
+        from slmops.train.generator.taught import check_layer_map
+
+        facts = model_facts(student.path)
+        layers = facts.layers if context.named_student else recipe.student.layers or LAYERS
+        check_layer_map(distill.layer_map, layers, model_facts(context.base.path).layers)
+
+
+def impossible_signals(recipe: Recipe) -> RecipeError | None:
+    """Why the recipe's signals cannot be had, from the recipe alone; None where they can."""
+    distill = recipe.distill
+    weights = distill.weights(closed=recipe.closed)
+    if not weights and not (recipe.closed and distill.losses.hidden is None):
+        return RecipeError("All of distill.losses are 0 for this task, so nothing would be learnt.")
+    if recipe.teachers and any(teacher.remote for teacher in (recipe.teacher, *recipe.teachers)):
+        return RecipeError(
+            "Several teachers are given, and one of them is behind a server.",
+            remedy="Several teachers have to be local models: name one, or local ones alone.",
+        )
+    if recipe.closed:
+        if recipe.teacher.remote and "hidden" in weights:
+            return RecipeError(
+                f"distill.losses.hidden is {weights['hidden']}, but a teacher behind a server does not show its hidden "
+                "states.",
+                remedy="Leave it out, or let a local model teach.",
+            )
+        for name in ("attention", "uld"):
+            if name in weights:
+                return RecipeError(
+                    f"distill.losses.{name} is {weights[name]}, but it compares tokens, and the answer to "
+                    f"{recipe.task} is one label.",
+                    remedy="Leave it out: forward_kl, reverse_kl, jsd and hidden work for closed label sets.",
+                )
+        if distill.on_policy_share or distill.layer_map is not None:
+            name = "on_policy_share" if distill.on_policy_share else "layer_map"
+            return RecipeError(
+                f"distill.{name} is for open tasks, and the task is {recipe.task}.", remedy="Leave it out."
+            )
+        return None
+    if distill.on_policy_share and not weights.keys() & set(DISTRIBUTION_LOSSES):
+        return RecipeError(
+            f"distill.on_policy_share is {distill.on_policy_share}, but no loss judges what the student writes.",
+            remedy="Give distill.losses.reverse_kl, forward_kl or jsd a weight.",
+        )
+    if "uld" in weights and distill.online:
+        return RecipeError(
+            "distill.losses.uld reads what the teacher left on disk, and other settings put the teacher beside the "
+            "student.",
+            remedy="Leave out hidden, attention and on_policy_share, and give distill.top_k.",
+        )
+    if recipe.teachers and (distill.online or not distill.cached):
+        return RecipeError(
+            "Several teachers are given, but they teach an open task by what they left on disk alone.",
+            remedy="Give distill.losses.forward_kl a weight; leave out hidden, attention and on_policy_share.",
+        )
+    if recipe.teacher.remote and (distill.online or distill.cached):
+        return RecipeError(
+            f"distill.losses has {', '.join(sorted(weights.keys() - {'gold'}))}, but a teacher behind a server does "
+            "not show what it thinks of each token.",
+            remedy="Leave it out, or let a local model teach.",
+        )
+    return None
+
+
+def keep_signals(context: Context, answers: Dataset, teacher: Checkpoint, number: int = 1) -> Signals:
+    """What the teacher thinks of each token of the answers, on disk."""
+    from slmops.runtime.token_teacher import TokenTeacher
+
+    recipe, distill = context.recipe, context.recipe.distill
+    top_k, temperature = distill.top_k or 0, distill.softness(closed=False)
+
+    def keep(draft: Draft) -> None:
+        plan = plan_token_signals(
+            answers,
+            ChatTokenizer.load(teacher.path),
+            context.student_messages,
+            tokenizer_digest=tokenizer_digest(teacher.path),
+            vocabulary=model_facts(teacher.path).vocab_size,
+            top_k=top_k,
+            temperature=temperature,
+            max_tokens=recipe.train.max_tokens,
+        )
+        keep_token_signals(plan, lambda: TokenTeacher(teacher.path), draft, progress=context.progress)
+
+    return context.stage(
+        _numbered("signals", number),
+        Signals,
+        {"answers": answers, "teacher": teacher},
+        {"top_k": top_k, "temperature": temperature, "max_tokens": recipe.train.max_tokens},
+        ["slmops.distill.token_signals", "slmops.runtime.token_teacher", "slmops.artifacts.token_signals"],
+        keep,
+    )
+
+
+def make_student(
+    context: Context,
+    name: str,
+    answers: Dataset,
+    *,
+    taught: bool,
+    teacher: Checkpoint | None = None,
+    data: Dataset | None = None,
+) -> Checkpoint:
+    """A student of the answers. ``teacher`` and ``data``: what further signals are made of."""
     from slmops.train import train_classifier_student, train_generator_student
 
     recipe = context.recipe
     model = context.named_student or context.base
+    inputs: dict[str, Artifact | str] = {"answers" if taught else "data": answers, "model": model.digest}
     build: Callable[[Draft], None]
     if recipe.closed:
+        others: list[Dataset] = []
+        if taught and data is not None:
+            for number in range(2, 2 + len(recipe.teachers)):
+                others.append(ask_for_answers(context, data, make_teacher(context, data, number), number))
+                inputs[f"answers-{number}"] = others[-1]
         build = partial(
             train_classifier_student,
             answers,
@@ -182,10 +330,21 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
             recipe.train,
             recipe.seed,
             named_model=context.named_student.path if context.named_student else None,
+            others=others,
             task=name,
             progress=context.progress,
         )
     else:
+        distill = recipe.distill if taught and teacher is not None else None
+        signals: list[Signals] = []
+        if distill is not None and teacher is not None and data is not None:
+            if distill.online:
+                inputs["teacher"] = teacher
+            for number in range(1, 2 + len(recipe.teachers)) if distill.cached else ():
+                one = teacher if number == 1 else make_teacher(context, data, number)
+                if one is not None:
+                    signals.append(keep_signals(context, answers, one, number))
+                    inputs[_numbered("signals", number)] = signals[-1]
         build = partial(
             train_generator_student,
             answers,
@@ -194,6 +353,9 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
             recipe.student,
             recipe.train,
             recipe.seed,
+            distill=distill,
+            teacher_folder=None if teacher is None else teacher.path,
+            signals=[one.path for one in signals],
             task=name,
             progress=context.progress,
         )
@@ -205,11 +367,15 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
     return context.stage(
         name,
         Checkpoint,
-        {"answers" if taught else "data": answers, "model": model.digest},
+        inputs,
         config,
         [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
     )
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
 
 
 def _copy_model(source: Path, draft: Draft) -> None:

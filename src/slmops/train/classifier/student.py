@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -29,9 +29,14 @@ from slmops.train.classifier.signals import TeacherSignals
 from slmops.train.loop import Batch, LoopConfig, fit, iterate_batches, parameter_groups
 from slmops.train.losses import (
     IGNORED_LABEL,
+    confidence_weights,
+    doubt_of,
+    generalized_jsd,
     gold_cross_entropy,
     hidden_state_distance,
+    reverse_divergence,
     softened_divergence,
+    weighted_sum,
 )
 from slmops.train.student import StudentShape, narrow_encoder
 from slmops.train.tokens import encode_texts, pad
@@ -60,6 +65,7 @@ def train_classifier_student(
     draft: Draft,
     *,
     named_model: Path | None = None,
+    others: Sequence[Dataset] = (),
     task: str = "student",
     progress: ProgressSink = ignore,
 ) -> None:
@@ -67,7 +73,7 @@ def train_classifier_student(
 
     ``dataset`` holds the teacher's signals where ``distill`` is given: log-probabilities, and its states if they were
     kept (see :class:`Dataset`). The student is cut from the model at ``teacher_folder`` unless ``named_model`` is the
-    folder of another to start from.
+    folder of another to start from. ``others``: the same rows with the distributions of further teachers.
 
     Raises:
         DataError: no labelled rows, or no teacher signals although ``distill`` asks for them.
@@ -78,11 +84,13 @@ def train_classifier_student(
     texts = [row.text for row in rows["train"]]
     targets = targets_of(rows["train"], labels)
     signals: TeacherSignals | None = None
+    further: list[TeacherSignals] = []
     if distill is not None:
         transfer_path = dataset.path / "transfer.jsonl"
         transfer = [raw["text"] for raw in read_jsonl(transfer_path)] if transfer_path.exists() else []
         splits = {"train": len(texts), **({"transfer": len(transfer)} if transfer else {})}
         signals = TeacherSignals.read(dataset, splits, len(labels), states=distill.losses.hidden)
+        further = [TeacherSignals.read(other, splits, len(labels), states=0) for other in others]
         texts += transfer
         targets += [IGNORED_LABEL] * len(transfer)
     source = named_model or teacher_folder
@@ -105,6 +113,7 @@ def train_classifier_student(
         encode_texts(tokenizer, [row.text for row in rows["validation"]], train.max_tokens),
         targets_of(rows["validation"], labels),
         distill,
+        further,
     )
     epochs = train.epochs or (EPOCHS if named_model is None else NAMED_EPOCHS)
     batch_size = train.batch_size or batch_size_for(len(rows["train"]), epochs, STEPS_AT_LEAST)
@@ -165,6 +174,7 @@ class _TokenObjective:
     validation_tokens: list[list[int]]
     validation_targets: list[int]
     distill: DistillConfig | None
+    further: Sequence[TeacherSignals] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -177,20 +187,43 @@ class _TokenObjective:
             "attention_mask": attention_mask,
             "labels": torch.tensor([self.targets[i] for i in indices]),
         }
-        return batch if self.signals is None else {**batch, **self.signals.batch(indices)}
+        if self.signals is None:
+            return batch
+        for number, other in enumerate(self.further):
+            batch[f"teacher{number}_log_probabilities"] = other.batch(indices)["teacher_log_probabilities"]
+        return {**batch, **self.signals.batch(indices)}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         gold = gold_cross_entropy(logits, batch["labels"])
         if self.distill is None:
             return gold
-        weights = self.distill.losses
-        soft = softened_divergence(logits, batch["teacher_log_probabilities"], self.distill.temperature)
-        loss = weights.gold * gold + weights.forward_kl * soft
+        weights = {**self.distill.weights(closed=True)}
+        parts = {"gold": gold} if "gold" in weights else {}
+        for name, value in self._divergences(logits, batch, weights):
+            parts[name] = parts[name] + value if name in parts else value
         if states is not None:
-            hidden = HIDDEN_WEIGHT if weights.hidden is None else weights.hidden
-            loss = loss + hidden * hidden_state_distance(states, batch["teacher_states"])
-        return loss
+            weights.setdefault("hidden", HIDDEN_WEIGHT)
+            parts["hidden"] = hidden_state_distance(states, batch["teacher_states"])
+        return weighted_sum(parts, weights)
+
+    def _divergences(self, logits: Tensor, batch: Batch, weights: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
+        """Of each teacher; several are weighed row by row."""
+        config = cast(DistillConfig, self.distill)
+        temperature = config.softness(closed=True)
+        others = [batch[f"teacher{number}_log_probabilities"] for number in range(len(self.further))]
+        teachers = [batch["teacher_log_probabilities"], *others]
+        counts: list[Tensor | None] = [None]
+        if others:
+            right = [-doubt_of(logs, batch["labels"]) for logs in teachers]
+            counts = list(confidence_weights(right, equal=config.teacher_weights == "equal"))
+        for logs, count in zip(teachers, counts, strict=True):
+            if "forward_kl" in weights:
+                yield "forward_kl", softened_divergence(logits, logs, temperature, count)
+            if "reverse_kl" in weights:
+                yield "reverse_kl", reverse_divergence(logits, logs, temperature, count)
+            if "jsd" in weights:
+                yield "jsd", generalized_jsd(logits, logs, config.jsd_beta, temperature, count)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         def logits_of(indices: list[int]) -> Tensor:

@@ -20,7 +20,7 @@ from slmops.errors import DataError
 from slmops.progress import ProgressSink
 from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
-from slmops.train.loop import Batch, LoopConfig, fit, iterate_batches, parameter_groups
+from slmops.train.loop import Batch, LoopConfig, Objective, fit, iterate_batches, parameter_groups
 from slmops.train.tokens import pad
 
 ToMessages = Callable[[Row], tuple[Message, ...]]
@@ -69,7 +69,7 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class _AnswerObjective:
+class AnswerObjective:
     """Mean cross-entropy over the answers' tokens."""
 
     rows: list[EncodedRow]
@@ -80,7 +80,7 @@ class _AnswerObjective:
         return [len(row.tokens) for row in self.rows]
 
     def collate(self, indices: Sequence[int]) -> Batch:
-        return _collate([self.rows[i] for i in indices])
+        return collate_rows([self.rows[i] for i in indices])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, targets = supervised_logits(model, batch)
@@ -89,7 +89,7 @@ class _AnswerObjective:
     def validate(self, model: nn.Module) -> dict[str, float]:
         loss_sum, tokens, right = 0.0, 0, 0
         for indices in iterate_batches([len(row.tokens) for row in self.validation_rows], BATCH_SIZE):
-            logits, targets = supervised_logits(model, _collate([self.validation_rows[i] for i in indices]))
+            logits, targets = supervised_logits(model, collate_rows([self.validation_rows[i] for i in indices]))
             loss_sum += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             right += int((logits.argmax(dim=-1) == targets).sum())
             tokens += len(targets)
@@ -109,7 +109,9 @@ def fit_answers(
     draft: Draft,
     task: str,
     progress: ProgressSink,
+    objective_for: Callable[[list[EncodedRow], list[EncodedRow]], Objective] | None = None,
 ) -> list[dict[str, float]]:
+    """``objective_for``: of training and validation rows; None learns the answers alone."""
     rows = {
         split: encode_rows(tokenizer, list(dataset.rows(split)), to_messages, train.max_tokens)
         for split in ("train", "validation")
@@ -128,7 +130,7 @@ def fit_answers(
     # Padding of a batch is masked, so the token behind it does not matter; rotary positions count from the left.
     return fit(
         model,
-        _AnswerObjective(rows["train"], rows["validation"]),
+        (objective_for or AnswerObjective)(rows["train"], rows["validation"]),
         parameter_groups(list(model.parameters()), learning_rate, 0.01),
         LoopConfig(
             steps=steps,
@@ -144,7 +146,7 @@ def fit_answers(
     )
 
 
-def _collate(rows: Sequence[EncodedRow]) -> Batch:
+def collate_rows(rows: Sequence[EncodedRow]) -> Batch:
     input_ids, attention_mask = pad([row.tokens for row in rows])
     supervised = torch.zeros_like(input_ids)
     for index, row in enumerate(rows):

@@ -1,0 +1,119 @@
+"""A causal language model that tells, for every token of a text, what it thinks could have stood there.
+
+Guarantees: probabilities are those of the whole vocabulary, softened by the temperature asked for; logits exist for at
+most :data:`CHUNK_LOGITS` at once, and nowhere but at the positions asked for; nothing is fetched or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slmops.chat import ChatTokenizer, tokenizer_digest
+from slmops.models.quiet import quiet_transformers
+
+CHUNK_LOGITS = 1 << 24
+"""64 MB in fp32."""
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """One row a position: ``ids`` and ``logs`` ``[positions, k]``, likeliest first; ``tail``, ``next`` ``[positions]``.
+
+    Natural logarithms, float32. ``tail``: of the mass of all other tokens; ``next``: of the token that really came.
+    """
+
+    ids: NDArray[np.int64]
+    logs: NDArray[np.float32]
+    tail: NDArray[np.float32]
+    next: NDArray[np.float32]
+
+
+class TokenTeacher:
+    """Opened from a folder in the layout of transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        quiet_transformers()
+        self.tokenizer = ChatTokenizer.load(folder)
+        self.tokenizer_digest = tokenizer_digest(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        self._model.eval().to(device)
+        self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
+
+    def top(
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], top_k: int, temperature: float
+    ) -> list[TopTokens]:
+        """For each of ``sequences`` (ids) the distributions of its tokens at the places ``wanted`` (1 and more)."""
+        found: list[TopTokens | None] = [None] * len(sequences)
+        for rows in _batches([len(sequence) for sequence in sequences]):
+            answers = self._batch([sequences[row] for row in rows], [wanted[row] for row in rows], top_k, temperature)
+            for row, answer in zip(rows, answers, strict=True):
+                found[row] = answer
+        return [answer for answer in found if answer is not None]
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = None
+
+    def _batch(
+        self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], top_k: int, temperature: float
+    ) -> list[TopTokens]:
+        import torch
+
+        device = self._model.device
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        places = torch.tensor([(row, at) for row, columns in enumerate(wanted) for at in columns])
+        with torch.inference_mode():
+            states = self._model.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).last_hidden_state
+            chosen = states[places[:, 0].to(device), places[:, 1].to(device) - 1]
+            coming = ids[places[:, 0], places[:, 1]].to(device)
+            each = max(1, CHUNK_LOGITS // self.vocabulary)
+            pieces = [
+                self._reduce(chosen[at : at + each], coming[at : at + each], top_k, temperature)
+                for at in range(0, len(chosen), each)
+            ]
+        whole = [np.concatenate([piece[part] for piece in pieces]) for part in range(4)]
+        ends = np.cumsum([len(columns) for columns in wanted])[:-1]
+        return [TopTokens(*parts) for parts in zip(*(np.split(part, ends) for part in whole), strict=True)]
+
+    def _reduce(self, states: Any, coming: Any, top_k: int, temperature: float) -> tuple[NDArray[Any], ...]:
+        import torch
+
+        logits = self._model.get_output_embeddings()(states).float()
+        if temperature != 1:
+            logits /= temperature
+        whole = logits.logsumexp(dim=-1, keepdim=True)
+        following = logits.gather(-1, coming[:, None]) - whole
+        best = logits.topk(top_k, dim=-1)
+        rest = logits.scatter_(-1, best.indices, -torch.inf).logsumexp(dim=-1, keepdim=True) - whole
+        parts = (best.indices, best.values - whole, rest[:, 0], following[:, 0])
+        return tuple(part.cpu().numpy() for part in parts)
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of like length together, at most :data:`BATCH_TOKENS` padded tokens each."""
+    batches: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches[-1] and lengths[row] * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return [batch for batch in batches if batch]

@@ -1,0 +1,156 @@
+"""Signals in a whole recipe: which stages it takes, several teachers, and what is refused before work starts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_helpers import Place, write_rows
+
+from slmops.errors import RecipeError, UsageError
+from slmops.pipeline.context import Context
+from slmops.pipeline.teach import (
+    ask_for_answers,
+    check_signals,
+    impossible_signals,
+    make_student,
+    make_teacher,
+    prepare_data,
+)
+from slmops.progress import ignore
+from slmops.recipe import Recipe, load_recipe, parse_recipe, portable_recipe
+from slmops.store import Store
+
+
+def open_recipe(place: Place, **sections: Any) -> Recipe:
+    """The label as an answer in words: an open task of a table that is there."""
+    short = {"epochs": 1, "batch_size": 8, "precision": "fp32", "max_tokens": 128}
+    raw = place.raw(task="generation", student={"layers": 1, "hidden_size": None}, train=short, **sections)
+    raw["teacher"] = {"adapt": False, **raw["teacher"], **sections.get("teacher", {})}
+    return parse_recipe(raw)
+
+
+def context_of(recipe: Recipe, store: Store) -> Context:
+    return Context(recipe, store, False, ignore)
+
+
+def test_token_signals_are_a_stage_that_is_found_again(place: Place, tmp_path: Path) -> None:
+    teacher_of = {"adapt": False, "adapt_epochs": 1}
+    distill = {"losses": {"gold": 0.5, "jsd": 1}, "top_k": 8}
+    with Store.open(tmp_path) as store:
+        context = context_of(open_recipe(place, distill=distill, teacher=teacher_of), store)
+        check_signals(context)
+        data = prepare_data(context)
+        teacher = make_teacher(context, data)
+        student = make_student(context, "student", data, taught=True, teacher=teacher, data=data)
+        [signals] = (store.root / "artifacts" / "signals").iterdir()
+        assert (signals / "token_signals.json").exists()
+        # Other weights, same signals: the teacher is not asked again.
+        distill = {"losses": {"gold": 0.5, "reverse_kl": 1}, "top_k": 8}
+        context = context_of(open_recipe(place, distill=distill, teacher=teacher_of), store)
+        other = make_student(context, "student", data, taught=True, teacher=teacher, data=data)
+        assert other.digest != student.digest
+        assert list((store.root / "artifacts" / "signals").iterdir()) == [signals]
+        # A recipe that wants no signals keeps none.
+        context = context_of(open_recipe(place, teacher=teacher_of), store)
+        make_student(context, "student", data, taught=True, teacher=teacher, data=data)
+        assert list((store.root / "artifacts" / "signals").iterdir()) == [signals]
+
+
+def test_two_teachers_of_labels(place: Place, tmp_path: Path) -> None:
+    """A second one is adapted and asked too, and changes the student."""
+    second = {"model": str(place.teacher), "adapt_epochs": 1, "learning_rate": 5e-4}
+    raw = place.raw(train={"epochs": 1})
+    raw["teacher"] = [{**raw["teacher"], "adapt_epochs": 1}, second]
+    students = []
+    with Store.open(tmp_path) as store:
+        for teachers in (raw["teacher"], raw["teacher"][:1]):
+            context = context_of(parse_recipe({**raw, "teacher": teachers}), store)
+            data = prepare_data(context)
+            answers = ask_for_answers(context, data, make_teacher(context, data))
+            students.append(make_student(context, "student", answers, taught=True, data=data))
+    assert students[0].digest != students[1].digest
+    assert len([name for name in students[0].manifest.inputs if name.startswith("answers")]) == 2
+
+
+def test_a_list_of_teachers_is_read(tmp_path: Path, place: Place) -> None:
+    shutil.copytree(place.teacher, tmp_path / "second")
+    write_rows(tmp_path / "rows.csv", 12)
+    (tmp_path / "r.yaml").write_text(
+        "name: two\ntask: classification\ndata: {train: rows.csv}\n"
+        "teacher:\n  - {model: second, adapt_epochs: 1}\n  - {model: second, adapt_epochs: 2}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.teacher.model == str((tmp_path / "second").resolve())
+    assert [teacher.adapt_epochs for teacher in recipe.teachers] == [2]
+    assert portable_recipe(recipe)["teachers"][0]["model"] == "second"
+    (tmp_path / "r.yaml").write_text(
+        "name: two\ntask: classification\ndata: {train: rows.csv}\nteacher:\n  - {model: second}\n  - {modell: x}\n"
+    )
+    with pytest.raises(RecipeError, match="modell"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+# --- refused ----------------------------------------------------------------------------------------------------
+
+SERVER = {"model": "openai:x", "base_url": "http://127.0.0.1:9/v1"}
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "message"),
+    [
+        ("classification", {"distill": {"losses": {"attention": 1}}}, "attention is 1.0, but it compares tokens"),
+        ("classification", {"distill": {"losses": {"uld": 1}}}, "uld is 1.0"),
+        ("classification", {"distill": {"on_policy_share": 0.5}}, "on_policy_share is for open tasks"),
+        ("classification", {"distill": {"layer_map": {0: 0}}}, "layer_map is for open tasks"),
+        ("classification", {"teacher": SERVER, "distill": {"losses": {"hidden": 1}}}, "does not show its hidden"),
+        ("classification", {"teachers": [SERVER]}, "one of them is behind a server"),
+        ("qa", {"distill": {"losses": {"gold": 0}}}, "nothing would be learnt"),
+        ("qa", {"teacher": SERVER, "distill": {"losses": {"forward_kl": 1}}}, "does not show what it thinks"),
+        ("qa", {"distill": {"on_policy_share": 0.5}}, "no loss judges"),
+        ("qa", {"distill": {"losses": {"uld": 1, "hidden": 1}}}, "uld reads what the teacher left"),
+        ("qa", {"teachers": [{}]}, "what they left on disk alone"),
+    ],
+)
+def test_signals_that_cannot_be_had(place: Place, task: str, sections: dict[str, Any], message: str) -> None:
+    problem = impossible_signals(parse_recipe(place.raw(task=task, **sections)))
+    assert problem is not None
+    assert message in str(problem)
+    assert impossible_signals(place.recipe()) is None
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"losses": {"gold": 0, "forward_kl": 0, "hidden": 0}}, "all weights are 0"),
+        ({"jsd_beta": 1.0}, "jsd_beta is 1.0"),
+        ({"top_k": 50}, "top_k is 50"),
+        ({"on_policy_share": 1.5}, "on_policy_share is 1.5"),
+        ({"losses": {"reversed_kl": 1}}, "Unknown key"),
+    ],
+)
+def test_values_that_mean_nothing(place: Place, distill: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(place.raw(distill=distill))
+
+
+def test_layers_and_vocabularies_are_checked_before_work(place: Place, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store") as store:
+        recipe = open_recipe(place, distill={"losses": {"hidden": 1}, "layer_map": {1: 0}})
+        with pytest.raises(UsageError, match="the student has 1 layers"):
+            check_signals(context_of(recipe, store))
+        other = tmp_path / "other"
+        shutil.copytree(place.teacher, other)
+        text = (other / "tokenizer.json").read_text()
+        changed = re.sub(r'("add_prefix_space": ?)false', r"\1true", text)
+        assert changed != text
+        (other / "tokenizer.json").write_text(changed)
+        recipe = open_recipe(place, distill={"losses": {"forward_kl": 1}})
+        recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": str(other)})})
+        with pytest.raises(RecipeError, match=r"forward_kl compares token by token.* not the student's") as caught:
+            check_signals(context_of(recipe, store))
+        assert "uld" in (caught.value.remedy or "")
+        assert list((tmp_path / "store" / "artifacts").glob("*/*")) == []
