@@ -1,9 +1,9 @@
 """Rate of the teacher engine against the ideal: 64 at once, 200 ms an answer; and its memory over the run.
 
 The fake teacher is a process of its own. The peer is arithmetic: prompts * 0.2 s / 64. Measured is the stage that a run
-does, journal and checks included, from the first request to the last answer on disk; what comes before and after (reading
-rows, writing the data set) is told beside it. Memory is this process's resident size after a fifth of the answers, and at
-the end of asking.
+does, journal and checks included, from the first request to the last answer on disk; what comes before and after
+(reading rows, writing the data set) is told beside it. Memory is this process's resident size after a fifth of the
+answers, and at the end of asking.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+LAG_EVERY_S = 0.05
 WORKERS_PER_CLIENT = 64
 """A client keeps 100 idle connections and looks at all of them for each request: several small pools cost less."""
 _CUT = frozenset({"length", "content_filter"})
@@ -198,6 +199,7 @@ class _Asking:
         self._ledger = Ledger(limits, teacher.prices)
         self._settled = asyncio.Condition()
         self._gate = _Gate(Pace(config.concurrency))
+        self._lag_s = 0.0
         self._resume_at = 0.0
         self._ends_at = float("inf")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -212,6 +214,8 @@ class _Asking:
             if self._stopped:
                 return
             async with AsyncExitStack() as clients, asyncio.TaskGroup() as workers:
+                watch = asyncio.create_task(self._watch_lag())
+                clients.callback(watch.cancel)
                 for start in range(0, self._workers, WORKERS_PER_CLIENT):
                     client = await clients.enter_async_context(self._teacher.client())
                     for _ in range(min(WORKERS_PER_CLIENT, self._workers - start)):
@@ -229,6 +233,16 @@ class _Asking:
         if loop is not None and task is not None:
             with suppress(RuntimeError):  # the loop closed in between
                 loop.call_soon_threadsafe(task.cancel)
+
+    async def _watch_lag(self) -> None:
+        """How long this loop keeps a request waiting by itself: twice what a sleeper wakes too late, once on sending and
+        once on receiving."""
+        loop = asyncio.get_running_loop()
+        while True:
+            begun_s = loop.time()
+            await asyncio.sleep(LAG_EVERY_S)
+            late_s = loop.time() - begun_s - LAG_EVERY_S
+            self._lag_s = 0.5 * self._lag_s + 0.5 * 2 * late_s
 
     async def _work(self, client: AsyncOpenAI) -> None:
         loop = asyncio.get_running_loop()
@@ -283,7 +297,7 @@ class _Asking:
             outcome = await self._paid(client, request)
             congested = isinstance(outcome, Trouble) and outcome.kind in CONGESTION
             if isinstance(outcome, Generation):
-                self._gate.pace.answered(begun_s, loop.time())
+                self._gate.pace.answered(begun_s, loop.time(), self._lag_s)
             elif congested:
                 self._gate.pace.congested(begun_s, loop.time())
             return outcome

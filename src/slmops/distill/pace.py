@@ -5,7 +5,8 @@ congestion avoidance in computer networks", 1989), with a doubling start as TCP 
 a server that says so (429, 503, a timeout), and answers that take much longer than they did.
 
 Guarantees: the limit stays within 1 and ``most``; requests that were in flight when the limit was cut do not cut it
-again.
+again; slowness alone does not cut below a quarter of ``most``: a queue at the server is slow, and still as much work a
+second. What this process itself waits for its processor (``own_lag_s``) is not taken for the server's slowness.
 Not covered: a server whose answers differ a lot in length gives latencies that differ a lot; hence the wide bounds.
 """
 
@@ -24,6 +25,9 @@ HOLD = 2.0
 FORGET = 1.02
 """The best window counts for a little less with each that follows, so that a server that became slower is believed."""
 SMALLEST_WINDOW = 8
+STEPS = 16
+"""So many windows from nothing to ``most``."""
+LEAST_SHARE = 0.25
 CONGESTION = frozenset({"rate_limit", "overloaded", "timeout"})
 
 
@@ -46,11 +50,11 @@ class Pace:
     def at_once(self) -> int:
         return max(1, int(self.limit))
 
-    def answered(self, begun_s: float, now_s: float) -> None:
+    def answered(self, begun_s: float, now_s: float, own_lag_s: float = 0.0) -> None:
         """An answer came. One step a window: as many answers as there are places, so that each step can be felt."""
         if begun_s < self._cut_at_s:
             return  # how slow it was, it was before the cut
-        self._window_sum_s += now_s - begun_s
+        self._window_sum_s += max(0.0, now_s - begun_s - own_lag_s)
         self._window += 1
         if self._window < max(self.at_once, SMALLEST_WINDOW):
             return
@@ -58,9 +62,10 @@ class Pace:
         best_s = mean_s if self._best_s is None else min(mean_s, self._best_s * FORGET)
         self._best_s = best_s
         if mean_s > SLOW * best_s:
-            self._lower(EASE, now_s)
+            if self.limit > self.most * LEAST_SHARE:
+                self._lower(EASE, now_s)
         elif mean_s <= HOLD * best_s:
-            grown = self.limit * 2 if self._starting else self.limit + 1
+            grown = self.limit * 2 if self._starting else self.limit + max(1.0, self.most / STEPS)
             self.limit = min(float(self.most), grown)
 
     def congested(self, begun_s: float, now_s: float) -> None:
