@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -58,6 +58,39 @@ class DataConfig(Section):
     split: SplitConfig = SplitConfig()
 
 
+class PricesConfig(Section):
+    """What a teacher's tokens cost."""
+
+    input_per_million: Annotated[float, Field(ge=0)]
+    output_per_million: Annotated[float, Field(ge=0)]
+    currency: str = "USD"
+
+
+class JudgeConfig(Section):
+    """Who scores the answers of open tasks, from 1 to 5, and which score is good enough."""
+
+    model: str | None = Field(None, description="openai:MODEL; null: the teacher itself")
+    base_url: str | None = Field(None, description="null: where the teacher is")
+    api_key_env: str | None = Field(None, description="null: the teacher's, where it is asked at the same place")
+    prices: str | PricesConfig | None = Field(None, description="as teacher.prices; null: those, where they name it")
+    min_score: Annotated[int, Field(ge=1, le=5)] = 4
+    rubric: str | None = Field(None, description="what makes an answer good here; null: by the task")
+
+
+class NewPromptsConfig(Section):
+    """Texts that the teacher writes out of the training texts, to be answered like these."""
+
+    per_label: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="closed label sets: labels with fewer training rows are filled up to so many"
+    )
+    rows: Annotated[int, Field(gt=0)] | None = Field(None, description="open tasks: so many new rows")
+    kinds: Annotated[tuple[Literal["paraphrase", "harder"], ...], Field(min_length=1)] = ("paraphrase", "harder")
+    texts_each: Annotated[int, Field(gt=0, le=20)] = Field(4, description="texts that one request asks for")
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="new texts at least so like another text, of any split, are dropped"
+    )
+
+
 class TeacherConfig(Section):
     """Who teaches, and how it may be asked."""
 
@@ -78,13 +111,63 @@ class TeacherConfig(Section):
     system: str | None = None
     max_tokens: Annotated[int, Field(gt=0)] = 512
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    concurrency: Annotated[int, Field(gt=0, le=1024)] = Field(
+        8, description="requests at once, at most; fewer while the server is slow or says 429"
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(60.0, description="for one try of one request, as a whole")
+    time_limit_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="for all requests of a run; what is left is asked by the next run"
+    )
     retries: Annotated[int, Field(ge=0)] = 5
     min_success_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.8, description="fewer good answers than this share and the run stops"
     )
-    budget_tokens: Annotated[int, Field(gt=0)] | None = None
+    budget_tokens: Annotated[int, Field(gt=0)] | None = Field(None, description="prompts and answers together")
+    budget_money: Annotated[float, Field(gt=0)] | None = Field(None, description="in the currency of teacher.prices")
+    prices: str | PricesConfig | None = Field(
+        None, description="{input_per_million, output_per_million, currency}, or a YAML file of these by model"
+    )
+    reasoning: Literal["none", "strip", "keep"] | None = Field(
+        None,
+        description="whether the teacher reasons before it answers, and whether the student learns that too; "
+        "null: math keep, nli behind a server strip, else none",
+    )
+    structured: bool | None = Field(
+        None, description="ask for JSON by response_format; null: where task and server have it"
+    )
+    answer_schema: dict[str, Any] | None = Field(None, description="extraction: the JSON Schema of a good answer")
+    samples: Annotated[int, Field(gt=0, le=64)] = Field(1, description="answers a row; the majority's one is kept")
+    min_agreement: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="with samples: share of them that must say the same"
+    )
+    language: str | None = Field(
+        None, description="ISO 639-1 code of the answers' language; auto: the prompt's; null: not looked at"
+    )
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="open tasks: of answers to different prompts so alike, the first is kept; null: all"
+    )
+    judge: JudgeConfig | None = None
+    new_prompts: NewPromptsConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_asking(self) -> TeacherConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"teacher.samples is {self.samples} and teacher.temperature is 0: all samples would be the same; "
+                "set a temperature, for example 0.7"
+            )
+        if self.budget_money is not None and self.prices is None:
+            raise ValueError(
+                f"teacher.budget_money is {self.budget_money:g}, but no price is known: name a file in teacher.prices, "
+                "or write {input_per_million: ..., output_per_million: ...} there"
+            )
+        if (
+            self.language is not None
+            and self.language != "auto"
+            and not (len(self.language) == 2 and self.language.isascii() and self.language.islower())
+        ):
+            raise ValueError(f"teacher.language is {self.language!r}, not auto or a code of two letters such as en")
+        return self
 
     @property
     def remote(self) -> bool:
@@ -306,7 +389,37 @@ class Recipe(Section):
             raise ValueError(
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
             )
+        self._check_teacher()
         return self
+
+    def _check_teacher(self) -> None:
+        """What is asked of the teacher that this task or this kind of teacher does not have."""
+        teacher = self.teacher
+        if self.closed and not teacher.remote and (teacher.samples > 1 or teacher.new_prompts):
+            key = "samples" if teacher.samples > 1 else "new_prompts"
+            raise ValueError(
+                f"teacher.{key} is for a teacher that writes text; {teacher.model} gives its whole distribution over "
+                "the labels in one go (for more texts see distill.transfer_rows)"
+            )
+        if teacher.judge is not None and self.closed:
+            raise ValueError(f"teacher.judge is for open tasks; the labels of {self.task} are compared with gold")
+        if teacher.judge is not None and teacher.judge.model is None and not teacher.remote and teacher.adapt:
+            raise ValueError(
+                "teacher.judge names no model, and a teacher that was adapted to the task judges badly: name one in "
+                "teacher.judge.model, or set teacher.adapt: false"
+            )
+        if teacher.judge is not None and not (teacher.judge.model or "openai:").startswith("openai:"):
+            raise ValueError(f"teacher.judge.model is {teacher.judge.model!r}, not openai:MODEL")
+        if teacher.answer_schema is not None and self.task != "extraction":
+            raise ValueError(f"teacher.answer_schema is for extraction, and the task is {self.task}")
+        if (wanted := teacher.new_prompts) is not None:
+            if not teacher.remote and teacher.adapt:
+                raise ValueError(
+                    "teacher.new_prompts needs a teacher that can write: one behind a server, or teacher.adapt: false"
+                )
+            key, other = ("per_label", "rows") if self.closed else ("rows", "per_label")
+            if getattr(wanted, key) is None or getattr(wanted, other) is not None:
+                raise ValueError(f"teacher.new_prompts needs {key} for {self.task}, and not {other}")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -373,6 +486,9 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     for teacher in raw["teachers"]:
         if not _has_scheme(teacher["model"]):
             teacher["model"] = Path(teacher["model"]).name
+    for part in (raw["teacher"], raw["teacher"]["judge"]):
+        if part is not None and isinstance(part["prices"], str):
+            part["prices"] = Path(part["prices"]).name
     return raw
 
 
@@ -421,8 +537,11 @@ def _section_at(location: _Location) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for name in location:
         for field_name, field in section.model_fields.items():
-            if (field.alias or field_name) == name and isinstance(field.annotation, type):
-                section = field.annotation
+            if (field.alias or field_name) != name:
+                continue
+            for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one or None
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    section = kind
     return section
 
 
@@ -459,6 +578,11 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     for part in (*teachers, raw.get("student")):
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():
             part["model"] = str((folder / part["model"]).resolve())
+    teacher = raw.get("teacher")
+    judge = teacher.get("judge") if isinstance(teacher, dict) else None
+    for part in (teacher, judge):
+        if isinstance(part, dict) and isinstance(part.get("prices"), str):
+            part["prices"] = str((folder / part["prices"]).resolve())
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -486,4 +610,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         parsed = value
     section[last] = value if (*parents, last) in _TEMPLATES and parsed is not None else parsed
     if name in {"data.train", "data.validation", "data.test"} and not _has_scheme(value):
+        section[last] = str(Path(value).resolve())
+    if name in {"teacher.prices", "teacher.judge.prices"} and isinstance(parsed, str):
         section[last] = str(Path(value).resolve())

@@ -22,6 +22,7 @@ from distill_helpers import config, lines, make_dataset, make_draft, row
 from fakes.teacher_server import Reply, TeacherServer, broken, first, too_many
 from slmops.artifacts import Dataset, Message
 from slmops.distill import LocalTeacher, OpenAITeacher, TeacherFailure, ask_teacher
+from slmops.distill.budget import UNLIMITED, Limits
 from slmops.errors import DataError, PrivacyError, TeacherError
 from slmops.progress import Progress
 from slmops.recipe import TeacherConfig
@@ -32,9 +33,9 @@ def requests(count: int) -> list[GenerationRequest]:
     return [GenerationRequest((Message("user", f"q{i}"),), max_tokens=16) for i in range(count)]
 
 
-def answers(teacher: OpenAITeacher, count: int, **more: int) -> dict[int, Generation | TeacherFailure]:
+def answers(teacher: OpenAITeacher, count: int, limits: Limits = UNLIMITED) -> dict[int, Generation | TeacherFailure]:
     seen: dict[int, Generation | TeacherFailure] = {}
-    for index, outcome in teacher.answer(requests(count), **more):
+    for index, outcome in teacher.answer(requests(count), limits=limits):
         assert index not in seen
         seen[index] = outcome
     assert sorted(seen) == list(range(count))
@@ -231,7 +232,7 @@ def test_api_key_is_sent_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_budget_is_never_overrun() -> None:
     with TeacherServer(lambda prompt, before: Reply(prompt_tokens=8, completion_tokens=12, delay_s=0.005)) as server:
-        outcomes = answers(OpenAITeacher(config(server.url, concurrency=8)), 100, budget_tokens=500)
+        outcomes = answers(OpenAITeacher(config(server.url, concurrency=8)), 100, Limits(tokens=500))
     done = [o for o in outcomes.values() if isinstance(o, Generation)]
     spent = sum(o.prompt_tokens + o.completion_tokens for o in done)
     assert 450 <= spent <= 500
@@ -492,7 +493,7 @@ class Silent:
     identity = "silent"
 
     def answer(
-        self, requests: Sequence[GenerationRequest], *, budget_tokens: int | None = None
+        self, requests: Sequence[GenerationRequest], *, limits: Limits = UNLIMITED
     ) -> Iterator[tuple[int, Generation | TeacherFailure]]:
         raise AssertionError("nothing may be asked")
 
@@ -614,6 +615,8 @@ def test_local_teacher(tmp_path: Path) -> None:
 
 
 def test_local_teacher_and_budget() -> None:
-    outcomes = dict(LocalTeacher(Parrot(), identity="x", batch_requests=4).answer(requests(12), budget_tokens=70))
+    outcomes = dict(
+        LocalTeacher(Parrot(), identity="x", batch_requests=4).answer(requests(12), limits=Limits(tokens=70))
+    )
     assert sum(isinstance(outcome, Generation) for outcome in outcomes.values()) == 8
     assert sorted(outcomes) == list(range(12))

@@ -5,7 +5,8 @@ thread of its own, so that it can also do what no well-meaning server would: han
 than it sends. A script decides each reply from the prompt and from how often that prompt was asked before; the server
 counts what was asked and what was answered.
 
-``python -m fakes.teacher_server PORT DELAY_S`` runs one for a look at throughput.
+``python -m fakes.teacher_server PORT DELAY_S`` runs one in a process of its own, to measure against; it prints its port
+and remembers nothing of what it was asked but the counts.
 """
 
 from __future__ import annotations
@@ -66,9 +67,21 @@ def first(replies: list[Reply], then: Reply) -> Script:
 class TeacherServer:
     """A context manager; :meth:`stop` and :meth:`start` again on the same port are allowed."""
 
-    def __init__(self, script: Script | None = None, *, port: int = 0) -> None:
+    def __init__(
+        self,
+        script: Script | None = None,
+        *,
+        port: int = 0,
+        remembers: bool = True,
+        refuses_format: bool = False,
+        capacity: int | None = None,
+    ) -> None:
+        """``refuses_format``: 400 for a request with ``response_format``. ``capacity``: 429 beyond so many at once."""
         self.script: Script = script or (lambda prompt, before: Reply())
         self.port = port
+        self.refuses_format = refuses_format
+        self.capacity = capacity
+        self._remembers = remembers
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.asked_at_s: list[float] = []
@@ -132,10 +145,15 @@ class TeacherServer:
         prompt = body["messages"][-1]["content"]
         before = self.asked[prompt]
         self.asked[prompt] += 1
-        self.asked_at_s.append(asyncio.get_running_loop().time())
-        self.bodies.append(body)
-        self.headers.append(headers)
+        if self._remembers:
+            self.asked_at_s.append(asyncio.get_running_loop().time())
+            self.bodies.append(body)
+            self.headers.append(headers)
         reply = self.script(prompt, before)
+        if self.refuses_format and "response_format" in body:
+            reply = Reply(status=400, raw=b'{"error": {"message": "response_format is not available"}}')
+        if self.capacity is not None and self._at_once >= self.capacity:
+            reply = too_many()
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
@@ -178,6 +196,9 @@ def _completion(model: str, reply: Reply) -> bytes:
 
 
 if __name__ == "__main__":
-    fake = TeacherServer(lambda prompt, before: Reply(delay_s=float(sys.argv[2])), port=int(sys.argv[1]))
+    wait_s = float(sys.argv[2])
+    fake = TeacherServer(lambda prompt, before: Reply(delay_s=wait_s), port=int(sys.argv[1]), remembers=False)
     fake.start()
+    sys.stdout.write(f"{fake.port}\n")
+    sys.stdout.flush()
     threading.Event().wait()

@@ -15,6 +15,7 @@ from slmops import __version__
 from slmops.cli.chat import chat
 from slmops.cli.data import data
 from slmops.cli.demo import demo
+from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.init import init
 from slmops.cli.run import run
@@ -58,6 +59,7 @@ def _root(
 app.command()(init)
 app.command()(doctor)
 app.command()(data)
+app.command()(distill)
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)

@@ -3,17 +3,22 @@
 The client library of a remote teacher is imported when the first request is sent, not before.
 """
 
-from slmops.distill.ask import ask_teacher
+from slmops.distill.ask import ask_teacher, redacted
+from slmops.distill.budget import Limits
 from slmops.distill.checks import Verdict, check_answer
 from slmops.distill.distribution import keep_distribution
 from slmops.distill.engine import OpenAITeacher
+from slmops.distill.estimate import Estimate, estimate
+from slmops.distill.judge import judge_config
 from slmops.distill.privacy import check_remote_allowed, leaves_machine
-from slmops.distill.prompts import student_messages, teacher_messages
+from slmops.distill.prompts import student_messages, teacher_messages, teacher_request
 from slmops.distill.teachers import LocalTeacher, TeacherFailure, TextTeacher
 from slmops.distill.token_signals import keep_token_signals, plan_token_signals
 from slmops.distill.transfer import vary_texts
 
 __all__ = [
+    "Estimate",
+    "Limits",
     "LocalTeacher",
     "OpenAITeacher",
     "TeacherFailure",
@@ -22,11 +27,15 @@ __all__ = [
     "ask_teacher",
     "check_answer",
     "check_remote_allowed",
+    "estimate",
+    "judge_config",
     "keep_distribution",
     "keep_token_signals",
     "leaves_machine",
     "plan_token_signals",
+    "redacted",
     "student_messages",
     "teacher_messages",
+    "teacher_request",
     "vary_texts",
 ]

@@ -4,7 +4,8 @@ Pure: :func:`check_answer` decides from the row and the answer alone. It is leni
 certain (case, quotes, "Label: x", a code fence around JSON) and strict about everything else: a doubtful answer is
 rejected, because a wrong one is learned as if it were right.
 
-Not covered: whether an open answer is true or well written, and its language.
+Not covered here: whether an open answer is true or well written (:mod:`slmops.distill.judge`), its language
+(:mod:`slmops.distill.language`), and what only several answers tell (:mod:`slmops.distill.agreement`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from slmops.artifacts import Row
+from slmops.errors import MissingExtraError, RecipeError
 from slmops.recipe import CLOSED_TASKS, Task
 
 REASONS = {
@@ -31,6 +34,13 @@ REASONS = {
     "disagrees_with_gold": "the answer differs from the gold answer",
     "no_final_number": "there is no final number",
     "not_json": "the answer is not one JSON object",
+    "not_in_schema": "the JSON object is not what teacher.answer_schema asks for",
+    "low_agreement": "too few samples say the same",
+    "wrong_language": "the answer is in another language",
+    "near_duplicate": "the answer to another prompt is nearly the same",
+    "low_judge_score": "the judge's score is below teacher.judge.min_score",
+    "not_judged": "no score could be read from the judge's answer",
+    "disagrees_with_seed": "the answer to a new text is not the label it was written for",
 }
 """Every reason for a rejection, in words."""
 
@@ -47,23 +57,36 @@ class Verdict:
     normalized: str | None
 
 
-def check_answer(task: Task, labels: Sequence[str] | None, row: Row, answer: str, finish_reason: str) -> Verdict:
-    """Judge one answer. ``row.target`` is the gold answer where there is one; ``finish_reason`` "length" means cut."""
+def check_answer(
+    task: Task,
+    labels: Sequence[str] | None,
+    row: Row,
+    answer: str,
+    finish_reason: str,
+    *,
+    keep_steps: bool = True,
+    schema: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """Judge one answer. ``row.target`` is the gold answer where there is one; ``finish_reason`` "length" means cut.
+
+    ``keep_steps`` False: of a worked solution only the final number is learned. ``schema``: JSON Schema that an
+    extraction has to meet.
+    """
     text = strip_reasoning(answer)
     if not text:
         return _rejected("truncated" if finish_reason == "length" else "empty")
     if finish_reason == "length":
         return _rejected("truncated")
     if task in CLOSED_TASKS:
-        return _check_label(labels or (), row.target, text)
+        return _check_label(labels or (), row.target, announced_answer(text))
     if is_refusal(text) and not (row.target and is_refusal(row.target)):
         return _rejected("refusal")
     if looks_garbled(text):
         return _rejected("garbage")
     if task == "math":
-        return _check_math(row.target, text)
+        return _check_math(row.target, text, keep_steps)
     if task == "extraction":
-        return _check_json(text)
+        return _check_json(text, schema)
     if text == row.text.strip():
         return _rejected("echo")
     return Verdict(True, None, text)
@@ -80,6 +103,20 @@ def strip_reasoning(text: str) -> str:
         _, ended, stripped = stripped.partition("</think>")
         return stripped.strip() if ended else ""
     return stripped
+
+
+_ANNOUNCED = re.compile(
+    r"^\W*(?:(?:the\s+)?final\s+)?(?:answer|label)\W{0,3}:\W{0,3}(\S[^\n]*)\Z", re.IGNORECASE | re.MULTILINE
+)
+
+
+def announced_answer(text: str) -> str:
+    """What a reasoned answer comes to: ``"answer"`` of a JSON object, or the last line where it says ``Answer: x``."""
+    if text.startswith(("{", "```")):
+        said = (find_json_object(text) or {}).get("answer")
+        return said.strip() if isinstance(said, str) and said.strip() else text
+    last = _ANNOUNCED.search(text[text.rfind("\n") + 1 :])
+    return last.group(1).strip() if last and "\n" in text else text
 
 
 # --- refusals and garbage ---------------------------------------------------------------------------------------
@@ -147,15 +184,21 @@ def match_label(answer: str, labels: Sequence[str]) -> str | None:
     text = answer.strip()
     if text in labels:
         return text
-    by_plain: dict[str, list[str]] = {}
-    for label in labels:
-        by_plain.setdefault(_plain(label), []).append(label)
-    unique = {plain: same[0] for plain, same in by_plain.items() if len(same) == 1 and plain}
-    if (whole := _plain(text)) in by_plain:
+    every, unique = _plain_labels(tuple(labels))
+    if (whole := _plain(text)) in every:
         return unique.get(whole)
     if named := _named_labels(text, unique):
         return named.pop() if len(named) == 1 else None
     return _leading_label(text, unique) or _contained_label(text, unique)
+
+
+@lru_cache(maxsize=8)
+def _plain_labels(labels: tuple[str, ...]) -> tuple[frozenset[str], dict[str, str]]:
+    """All plain forms, and the label of each that only one label has."""
+    by_plain: dict[str, list[str]] = {}
+    for label in labels:
+        by_plain.setdefault(_plain(label), []).append(label)
+    return frozenset(by_plain), {plain: same[0] for plain, same in by_plain.items() if len(same) == 1 and plain}
 
 
 def _plain(text: str) -> str:
@@ -185,7 +228,9 @@ def _contained_label(text: str, unique: dict[str, str]) -> str | None:
     for key, label in unique.items():
         if len(key) <= _SHORT_LABEL_CHARACTERS:
             continue
-        spans += [(m.start(), m.end(), label) for m in re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", plain)]
+        if key in plain:  # most labels are not: a pattern for each would be the slowest part of a check
+            found_at = re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", plain)
+            spans += [(m.start(), m.end(), label) for m in found_at]
     outer = [
         span
         for span in spans
@@ -263,14 +308,15 @@ def same_number(left: Fraction, right: Fraction) -> bool:
     return abs(left - right) <= RELATIVE_TOLERANCE * max(abs(left), abs(right))
 
 
-def _check_math(gold: str | None, text: str) -> Verdict:
+def _check_math(gold: str | None, text: str, keep_steps: bool) -> Verdict:
     number, announced = final_number(text)
     if number is None:
         return _rejected("no_final_number")
     wanted = final_number(gold)[0] if gold is not None else None
     if wanted is None and not announced:
         return _rejected("no_final_number")
-    written = text if _FINAL[0].search(text) else f"{text}\n#### {_number_text(number)}"
+    last = f"#### {_number_text(number)}"
+    written = last if not keep_steps else text if _FINAL[0].search(text) else f"{text}\n{last}"
     if wanted is not None and not same_number(wanted, number):
         return _rejected("disagrees_with_gold", written)
     return Verdict(True, None, written)
@@ -305,6 +351,42 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_json(text: str) -> Verdict:
+def _check_json(text: str, schema: Mapping[str, Any] | None) -> Verdict:
     data = find_json_object(text)
-    return _rejected("not_json") if data is None else Verdict(True, None, json.dumps(data, ensure_ascii=False))
+    if data is None:
+        return _rejected("not_json")
+    written = json.dumps(data, ensure_ascii=False)
+    if schema is not None and not _meets(data, json.dumps(schema, sort_keys=True)):
+        return _rejected("not_in_schema")
+    return Verdict(True, None, written)
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Refuse what is no JSON Schema.
+
+    Raises:
+        RecipeError: it is none.
+        MissingExtraError: the library that reads it is not installed.
+    """
+    try:
+        from jsonschema import SchemaError
+        from jsonschema.validators import validator_for
+    except ModuleNotFoundError:
+        raise MissingExtraError("teacher.answer_schema", "train") from None
+    try:
+        validator_for(schema).check_schema(dict(schema))
+    except SchemaError as error:
+        raise RecipeError(f"teacher.answer_schema is not a JSON Schema: {error.message}.") from None
+
+
+@lru_cache(maxsize=4)
+def _validator(schema: str) -> Any:
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    parsed = json.loads(schema)
+    return validator_for(parsed)(parsed, registry=Registry())  # an empty one: no reference is fetched
+
+
+def _meets(data: Mapping[str, Any], schema: str) -> bool:
+    return bool(_validator(schema).is_valid(data))

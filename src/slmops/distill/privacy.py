@@ -12,6 +12,8 @@ import os
 import re
 from urllib.parse import urlsplit
 
+from slmops.distill.budget import load_prices
+from slmops.distill.judge import judge_config
 from slmops.errors import PrivacyError, RecipeError
 from slmops.recipe import TeacherConfig
 
@@ -54,8 +56,14 @@ def is_loopback(url: str) -> bool:
 
 
 def leaves_machine(config: TeacherConfig) -> bool:
-    """Whether asking this teacher sends rows to another machine."""
-    return config.remote and not is_loopback(teacher_url(config))
+    """Whether asking this teacher, or its judge, sends rows to another machine."""
+    return any(one.remote and not is_loopback(teacher_url(one)) for one in _askers(config))
+
+
+def _askers(config: TeacherConfig) -> list[TeacherConfig]:
+    """The teacher, and its judge where there is one."""
+    judge = judge_config(config)
+    return [config] if judge is None else [config, judge]
 
 
 def api_key(config: TeacherConfig) -> str | None:
@@ -82,14 +90,18 @@ def api_key(config: TeacherConfig) -> str | None:
 
 
 def check_remote_allowed(config: TeacherConfig, privacy: str) -> None:
-    """Refuse, before any work, a teacher that must not or cannot be asked. ``privacy`` is the recipe's word.
+    """Refuse, before any work, a teacher or judge that must not or cannot be asked. ``privacy`` is the recipe's word.
 
     Raises:
         PrivacyError: rows would leave this machine and the recipe does not allow it.
-        RecipeError: the URL is not one, or the API key's variable is not set.
+        RecipeError: the URL is not one, the API key's variable is not set, or its price is not known.
     """
-    if not config.remote:
-        return
+    for one in _askers(config):
+        if one.remote:
+            _check_one(one, privacy)
+
+
+def _check_one(config: TeacherConfig, privacy: str) -> None:
     url = teacher_url(config)
     if not is_loopback(url) and privacy != "remote":
         raise PrivacyError(
@@ -98,3 +110,4 @@ def check_remote_allowed(config: TeacherConfig, privacy: str) -> None:
             remedy="Set privacy: remote to allow it (rows are redacted first), or name a teacher on this machine.",
         )
     api_key(config)
+    load_prices(config)

@@ -9,7 +9,20 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-FailureKind = Literal["connection", "timeout", "rate_limit", "server_error", "junk", "refused_request", "budget"]
+FailureKind = Literal[
+    "connection",
+    "timeout",
+    "rate_limit",
+    "overloaded",
+    "server_error",
+    "junk",
+    "refused_request",
+    "refused_format",
+    "budget",
+    "time_limit",
+]
+NOT_ASKED = frozenset({"budget", "time_limit"})
+"""Failures of requests that never left."""
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
@@ -25,6 +38,7 @@ class Trouble:
 
     ``wait_s``  what the server asked for (Retry-After), if it did
     ``fatal``   asking for other rows will not go better: a wrong key, an unknown model, an empty account
+    ``billed``  the server may have done the work, and may want its money
     """
 
     kind: FailureKind
@@ -32,6 +46,7 @@ class Trouble:
     retry: bool = True
     wait_s: float | None = None
     fatal: bool = False
+    billed: bool = False
 
 
 def backoff_s(attempt: int, rng: random.Random) -> float:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import Bundle, Variant
+from slmops.artifacts import Bundle, Dataset, Variant
 from slmops.compress import export_generator
-from slmops.distill import check_remote_allowed
+from slmops.distill import Estimate, check_remote_allowed
 from slmops.errors import RecipeError
 from slmops.models import fetch_model
 from slmops.pipeline.context import Context
@@ -33,6 +33,7 @@ from slmops.pipeline.teach import (
     check_fits,
     check_judgeable,
     check_signals,
+    estimate_answers,
     impossible_signals,
     make_student,
     make_teacher,
@@ -42,7 +43,7 @@ from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Precision, Recipe
 from slmops.store import Store, code_version
 
-__all__ = ["RunResult", "base_variant", "run_recipe"]
+__all__ = ["RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe"]
 
 SERVED_MAX_TOKENS = 2048
 
@@ -96,6 +97,39 @@ def run_recipe(
     outcome = "passed" if content["passed"] else "gate failed"
     store.record_run(recipe.name, started_at=started_at, outcome=outcome, report_digest=report.digest)
     return RunResult(content, folder, bundle, context.reused)
+
+
+def distill_recipe(
+    recipe: Recipe, store: Store, *, offline: bool = False, progress: ProgressSink = ignore
+) -> tuple[Dataset, bool]:
+    """The first part alone: rows, a teacher, its answers; and whether all of it was found done.
+
+    :func:`run_recipe` finds what was done here.
+
+    Raises:
+        SlmopsError: any stage's own; what was finished before stays done.
+    """
+    context = Context(recipe, store, offline, progress)
+    _check(recipe)
+    data = prepare_data(context)
+    check_fits(context)
+    answers = ask_for_answers(context, data, make_teacher(context, data))
+    return answers, context.reused
+
+
+def estimate_recipe(
+    recipe: Recipe, store: Store, *, offline: bool = False, progress: ProgressSink = ignore
+) -> Estimate | None:
+    """What the teacher's answers would take. The rows are prepared; nobody is asked and no model is fetched.
+
+    None: a local teacher gives its distribution over the labels; no answer is written or paid for.
+
+    Raises:
+        SlmopsError: the rows or the recipe cannot be used.
+    """
+    context = Context(recipe, store, offline, progress)
+    _check(recipe)
+    return estimate_answers(context, prepare_data(context))
 
 
 def base_variant(

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Message, Report, Row, Variant
+from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Report, Row, Variant
 from slmops.compress import export_classifier, export_generator, torch_variant
-from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, teacher_messages
+from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
 from slmops.evaluate.choose import Candidate, choose, gates_of
@@ -24,7 +24,7 @@ from slmops.evaluate.scores import Scores, score_classifier, score_generator, sc
 from slmops.evaluate.significance import compare
 from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report
 from slmops.pipeline.context import Context
-from slmops.pipeline.teach import ADAPT_KEYS
+from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
 from slmops.recipe import Precision, Recipe, portable_recipe
 from slmops.runtime import GenerationRequest, open_classifier, open_generator
@@ -254,15 +254,9 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
     def build(draft: Draft) -> None:
         rows = context.test_rows(data)
         asker = OpenAITeacher(recipe.teacher, seed=recipe.seed)
-        hide = context.redact or str
-        messages = [teacher_messages(recipe.task, data.labels, row, recipe.teacher.system) for row in rows]
         requests = [
-            GenerationRequest(
-                tuple(Message(m.role, hide(m.content)) for m in conversation),
-                max_tokens=recipe.teacher.max_tokens,
-                temperature=0.0,
-            )
-            for conversation in messages
+            redacted(teacher_request(recipe.task, data.labels, row, recipe.teacher, temperature=0.0), context.redact)
+            for row in rows
         ]
         answers, tokens, failures = [""] * len(rows), 0, 0
         for done, (index, outcome) in enumerate(asker.answer(requests), start=1):
@@ -291,7 +285,7 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
         {"data": data},
         {
             "rows": recipe.evaluate.max_rows,
-            "teacher": recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"}),
+            "teacher": asked_config(context),
         },
         ["slmops.distill", *SCORING, "slmops.data.redact"],
         build,

@@ -6,14 +6,20 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Signals
+from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Message, Row, Signals
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.data import prepare, source_digests, stage_config
+from slmops.data.similar import repeats
 from slmops.distill import (
+    Estimate,
     LocalTeacher,
     OpenAITeacher,
+    TextTeacher,
     ask_teacher,
+    estimate,
+    judge_config,
     keep_distribution,
     keep_token_signals,
     plan_token_signals,
@@ -27,6 +33,18 @@ from slmops.runtime import open_classifier, open_generator
 
 ADAPT_KEYS = {"model", "adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
 """What of the teacher's configuration matters for adapting it, and not for asking it."""
+ANSWERS_FOLDER = "answers"
+MEANS_KEYS = {
+    "api_key_env",
+    "concurrency",
+    "timeout_s",
+    "time_limit_s",
+    "retries",
+    "budget_tokens",
+    "budget_money",
+    "prices",
+}
+"""What matters for how it is asked, and not for what it answers: other limits do no work again."""
 
 
 def prepare_data(context: Context) -> Dataset:
@@ -126,7 +144,7 @@ def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint
 def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None, number: int = 1) -> Dataset:
     """What the teacher says to the rows. ``number`` 2 and more: of the further ones (closed label sets)."""
     recipe = context.recipe
-    asked = recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, "api_key_env"})
+    asked = asked_config(context)
     if teacher is not None and recipe.closed:
         transfer_rows, states = recipe.distill.transfer_rows, number == 1 and recipe.distill.losses.hidden != 0
 
@@ -157,6 +175,10 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
             if local is None
             else LocalTeacher(local, identity=teacher.digest if teacher else "")
         )
+        judged_by = judge_config(recipe.teacher)
+        judge: TextTeacher | None = None
+        if judged_by is not None and judged_by.remote:
+            judge = OpenAITeacher(judged_by, seed=recipe.seed)
         try:
             ask_teacher(
                 data,
@@ -164,9 +186,12 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
                 recipe.teacher,
                 asker,
                 draft,
-                to_messages=context.student_messages if recipe.teacher.adapt and local is not None else None,
+                judge=judge,
+                to_messages=_shown(context),
                 redact=context.redact,
-                journal_folder=context.store.root / "answers",
+                repeats=repeats,
+                seed=recipe.seed,
+                journal_folder=context.store.root / ANSWERS_FOLDER,
                 progress=context.progress,
             )
         finally:
@@ -176,7 +201,44 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
     inputs: dict[str, Artifact | str] = {"data": data}
     if teacher is not None:
         inputs["teacher"] = teacher
-    return context.stage("answers", Dataset, inputs, {"teacher": asked}, ["slmops.distill", "slmops.data.redact"], ask)
+    code = ["slmops.distill", "slmops.data.redact", "slmops.data.similar"]
+    return context.stage("answers", Dataset, inputs, {"teacher": asked}, code, ask)
+
+
+def asked_config(context: Context) -> dict[str, Any]:
+    """What of the teacher's configuration its answers depend on. The identity of a local one is its digest."""
+    asked = context.recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, *MEANS_KEYS} - {"model"})
+    if not context.recipe.teacher.remote:
+        del asked["model"]
+    if asked["judge"] is not None:
+        asked["judge"] = {key: value for key, value in asked["judge"].items() if key not in MEANS_KEYS}
+    return asked
+
+
+def estimate_answers(context: Context, data: Dataset) -> Estimate | None:
+    """What asking a text teacher would take; None where a local one gives its distribution over the labels.
+
+    Nothing is asked and no model is fetched: a local teacher's answers of earlier runs are not known here.
+    """
+    recipe = context.recipe
+    if recipe.closed and not recipe.teacher.remote:
+        return None
+    identity = OpenAITeacher(recipe.teacher).identity if recipe.teacher.remote else "not yet there"
+    return estimate(
+        data,
+        recipe.task,
+        recipe.teacher,
+        identity=identity,
+        to_messages=_shown(context),
+        redact=context.redact,
+        journal_folder=context.store.root / ANSWERS_FOLDER,
+    )
+
+
+def _shown(context: Context) -> Callable[[Row], tuple[Message, ...]] | None:
+    """What a teacher that was adapted is shown; None for one that has to be told the form of the answer."""
+    teacher = context.recipe.teacher
+    return context.student_messages if teacher.adapt and not teacher.remote else None
 
 
 def check_signals(context: Context) -> None:
