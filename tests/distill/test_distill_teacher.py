@@ -615,6 +615,8 @@ def test_local_teacher(tmp_path: Path) -> None:
 
 
 def test_local_teacher_and_budget() -> None:
-    outcomes = dict(LocalTeacher(Parrot(), identity="x", batch_requests=4).answer(requests(12), limits=Limits(tokens=70)))
+    outcomes = dict(
+        LocalTeacher(Parrot(), identity="x", batch_requests=4).answer(requests(12), limits=Limits(tokens=70))
+    )
     assert sum(isinstance(outcome, Generation) for outcome in outcomes.values()) == 8
     assert sorted(outcomes) == list(range(12))
