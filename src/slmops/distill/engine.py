@@ -235,8 +235,8 @@ class _Asking:
                 loop.call_soon_threadsafe(task.cancel)
 
     async def _watch_lag(self) -> None:
-        """How long this loop keeps a request waiting by itself: twice what a sleeper wakes too late, once on sending and
-        once on receiving."""
+        """How long this loop keeps a request waiting by itself: twice what a sleeper wakes too late, once when it is
+        sent and once when its answer is there."""
         loop = asyncio.get_running_loop()
         while True:
             begun_s = loop.time()
