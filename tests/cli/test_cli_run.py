@@ -313,7 +313,12 @@ def test_in_a_process_of_its_own(project: Path, tmp_path: Path) -> None:
 def test_interrupted_is_130_and_the_next_run_goes_on(project: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "slmops", "run", str(project / "recipe.yaml"), "--store", str(tmp_path / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # Whoever runs the tests in the background may have the signal ignored, which a child would inherit.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert running.stderr is not None
     seen = []
     for line in running.stderr:
