@@ -23,7 +23,7 @@ def distill(
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Ask the teacher of RECIPE, check its answers, and keep the good ones.
+    """Ask the teacher, check its answers, keep the good ones.
 
     Answers are kept as they come: a run that was stopped asks for the rest, and slmops run finds what was done.
     """
