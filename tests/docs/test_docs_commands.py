@@ -38,9 +38,9 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
     if path.name != "CHANGELOG.md"
 )
-ONLY_PARSED = {"run", "demo", "serve"}
+ONLY_PARSED = {"run", "train", "adapters", "demo", "serve"}
 DESIGNED_ORDER = [
-    "init", "doctor", "data", "distill", "train", "compress", "evaluate", "bench", "package", "verify", "serve", "chat",
+    "init", "doctor", "data", "distill", "train", "adapters", "compress", "evaluate", "bench", "package", "verify", "serve", "chat",
     "monitor", "feedback", "fleet", "device", "trace", "run", "demo", "console",
 ]  # fmt: skip
 CPU_LIMIT_S = 0.3
