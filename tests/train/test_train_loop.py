@@ -22,11 +22,11 @@ from slmops.progress import Progress
 from slmops.train.loop import (
     LoopConfig,
     ParameterGroup,
-    rate_factor,
     fit,
     iterate_batches,
     last_checkpoint,
     parameter_groups,
+    rate_factor,
 )
 
 # One process imports torch; each run is forked off it, and can be killed for itself.

@@ -12,7 +12,7 @@ bottleneck cannot be merged into the weights; conversion refuses such a folder (
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from slmops.errors import ModelError
 
 FOLDER = "bottleneck"
 ATTRIBUTE = "bottlenecks"
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _ENDS = {"attention": ("o_proj", "out_proj", "dense", "c_proj"), "feed_forward": ("down_proj", "fc2", "c_proj")}
 """What the last matrix of each part is called."""
 

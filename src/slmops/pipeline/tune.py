@@ -65,9 +65,9 @@ def train_recipe(
         inputs["loss"] = _once(loss)
     elif train.loss is not None:
         file = Path(train.loss.rpartition(":")[0])
-        inputs["loss"] = f"{digest_file(file)}:{train.loss.rpartition(':')[2]}" if file.is_file() else train.loss
+        inputs["loss"] = f"{digest_file(file).sha256}:{train.loss.rpartition(':')[2]}" if file.is_file() else train.loss
     if train.forgetting is not None and Path(train.forgetting.data).is_file():
-        inputs["general"] = digest_file(Path(train.forgetting.data))
+        inputs["general"] = digest_file(Path(train.forgetting.data)).sha256
     settings = train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
     if settings["forgetting"]:
         del settings["forgetting"]["data"]

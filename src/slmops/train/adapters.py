@@ -190,7 +190,7 @@ def combine_adapters(
     names = [f"adapter_{index}" for index in range(len(adapters))]
     model.add_weighted_adapter(names, shares, "combined", combination_type=how, **options)
     model.peft_config["combined"].base_model_name_or_path = infos[0].base
-    model.save_pretrained(out, selected_adapters=["combined"])
+    model.save_pretrained(out, selected_adapters=["combined"], save_embedding_layers=False)
     for path in (out / "combined").iterdir():  # peft puts an adapter of its own name one folder down
         path.rename(out / path.name)
     (out / "combined").rmdir()

@@ -23,13 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from slmops.errors import ModelError
+from slmops.models.quiet import load_bitsandbytes
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.train.batching import divide, plan_batches
 from slmops.train.processes import ProcessGroup
+
+load_bitsandbytes()  # transformers' Trainer imports it where it is installed, and it would look at a hub
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.trainer_callback import ExportableState, PrinterCallback  # noqa: E402
 
 Batch = dict[str, Tensor]
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]

@@ -51,7 +51,7 @@ class Tuned:
                 config = self.model.peft_config["default"]
                 config.base_model_name_or_path = base_name
                 config.inference_mode = True
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks a hub for the base
                 (folder / "README.md").unlink(missing_ok=True)
 
     def whole(self, adapter: Path) -> Any:

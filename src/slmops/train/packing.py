@@ -30,7 +30,7 @@ def shared_prefix(rows: Sequence[Sequence[int]], first_learnt: Sequence[int]) ->
     if len(rows) < 2:
         return 0
     limit = max(0, min(min(first_learnt) - 1, *map(len, rows)))
-    low, high = min(rows), max(rows)  # whatever the two extremes share, all share
+    low, high = min(map(list, rows)), max(map(list, rows))  # whatever the two extremes share, all share
     for index in range(limit):
         if low[index] != high[index]:
             return index
@@ -193,7 +193,7 @@ def packed_attention(
 def _side_by_side(tokens: Tensor, gather: Tensor) -> Tensor:
     """``[1, heads, tokens, size]`` to ``[rows, heads, longest, size]``."""
     picked = tokens[0].transpose(0, 1).index_select(0, gather.flatten())
-    return picked.unflatten(0, gather.shape).transpose(1, 2)
+    return picked.view(*gather.shape, *picked.shape[1:]).transpose(1, 2)
 
 
 def _band(queries: int, prefix: int, window: int | None, device: torch.device) -> Tensor:

@@ -48,6 +48,9 @@ def quantize_nf4(model: Any) -> None:
             quant_type="nf4",
             compress_statistics=True,
         )
+        # On a processor with AVX512-BF16 a pass in eval mode would lay the weights out for a kernel without a backward,
+        # and training after it would lose the gradients of all layers below, without an error.
+        quantized.support_avx512bf16_for_cpu = False
         device = linear.weight.device
         quantized.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
