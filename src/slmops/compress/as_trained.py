@@ -18,7 +18,7 @@ from slmops.compress.folder import (
     read_labels,
     write_description,
 )
-from slmops.models.bottleneck import FOLDER as BOTTLENECKS
+from slmops.models.folder import BOTTLENECK_FOLDER as BOTTLENECKS
 from slmops.progress import Progress, ProgressSink, ignore
 
 LEFT_OUT = frozenset({MANIFEST_NAME, MODEL_DESCRIPTION, "history.json"})

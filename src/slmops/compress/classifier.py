@@ -27,7 +27,7 @@ from slmops.compress.folder import (
     write_description,
 )
 from slmops.errors import ConversionError
-from slmops.models.bottleneck import refuse_bottlenecks
+from slmops.models.folder import refuse_bottlenecks
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import Precision
 from slmops.trust import digest_file

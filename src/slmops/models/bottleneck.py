@@ -6,7 +6,8 @@ starts at zero, so an untrained adapter changes nothing. Placed behind the feed-
 
 On disk, beside a model that stays as it was: ``bottleneck/config.json`` and ``bottleneck/model.safetensors``. The torch
 runtime and the classifiers' loader attach what they find there. Not covered: other engines. Because of the activation a
-bottleneck cannot be merged into the weights; conversion refuses such a folder (:func:`refuse_bottlenecks`).
+bottleneck cannot be merged into the weights; conversion refuses such a folder
+(:func:`slmops.models.folder.refuse_bottlenecks`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmops.errors import ModelError
+from slmops.models.folder import BOTTLENECK_FOLDER
 
-FOLDER = "bottleneck"
 ATTRIBUTE = "bottlenecks"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _ENDS = {"attention": ("o_proj", "out_proj", "dense", "c_proj"), "feed_forward": ("down_proj", "fc2", "c_proj")}
@@ -78,7 +79,7 @@ def save_bottlenecks(model: nn.Module, shape: BottleneckShape, folder: Path) -> 
     """Write what :func:`attach_bottlenecks` put in to ``folder``/bottleneck."""
     from safetensors.torch import save_file
 
-    place = folder / FOLDER
+    place = folder / BOTTLENECK_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     weights = getattr(model, ATTRIBUTE).state_dict()
     save_file(
@@ -93,7 +94,7 @@ def attach_saved_bottlenecks(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: it is damaged, or was trained on a model of another shape.
     """
-    place = folder / FOLDER
+    place = folder / BOTTLENECK_FOLDER
     if not place.is_dir():
         return
     from safetensors import SafetensorError
@@ -112,15 +113,6 @@ def attach_saved_bottlenecks(model: nn.Module, folder: Path) -> None:
         raise ModelError(
             f"The adapter {place} does not fit the model: {error}", remedy="Name the model that it was trained on."
         ) from None
-
-
-def refuse_bottlenecks(folder: Path) -> None:
-    """Raises :class:`ModelError` for a model that only the torch runtime computes rightly."""
-    if (folder / FOLDER).is_dir():
-        raise ModelError(
-            f"{folder} has bottleneck adapters, which no other engine runs and which cannot be merged.",
-            remedy="Train with train.method: lora or full where the model is to be converted.",
-        )
 
 
 def without_bottlenecks(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +146,6 @@ __all__ = [
     "BottleneckShape",
     "attach_bottlenecks",
     "attach_saved_bottlenecks",
-    "refuse_bottlenecks",
     "save_bottlenecks",
     "trained_only",
     "without_bottlenecks",
