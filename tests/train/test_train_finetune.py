@@ -143,6 +143,23 @@ def test_an_error_in_one_of_two_processes_is_told(llama: Path, tmp_path: Path) -
         finetune(job_of(llama, dataset, make_draft(tmp_path), processes=2, method="lora", lora={"rank": 99}))
 
 
+def test_bf16_learns_like_fp32_and_writes_fp32(llama: Path, tmp_path: Path) -> None:
+    """Frozen matrices are kept in bf16 while training; what is written is the base as it was plus the adapter."""
+    dataset, drafts = chats(tmp_path / "data"), [make_draft(tmp_path / name) for name in "ab"]
+    forgetting = {"data": str(general_rows(tmp_path)), "budget": 99.0}
+    for draft, precision in zip(drafts, ("fp32", "bf16"), strict=True):
+        finetune(job_of(llama, dataset, draft, precision=precision, forgetting=forgetting, epochs=6))
+    losses = [history_of(draft)[-1]["validation_loss"] for draft in drafts]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert drafts[1].metrics["forgetting"]["loss_after"] == pytest.approx(
+        drafts[0].metrics["forgetting"]["loss_after"], rel=0.1
+    )
+    before, after = load_file(llama / "model.safetensors"), weights_of(drafts[1])
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj" in name}
+
+
 # --- killed and gone on -------------------------------------------------------------------------------------------
 
 
