@@ -286,12 +286,62 @@ class DistillConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """How the student is trained."""
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021), for ``train.method: lora`` and ``qlora``."""
 
+    rank: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="null: twice the rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="names of the matrices that get adapters, for example [q_proj, v_proj]"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = Field(False, description="learn magnitude and direction apart (Liu et al. 2024)")
+
+
+class BottleneckConfig(Section):
+    """Small networks between the layers' parts, for ``train.method: bottleneck``."""
+
+    size: Annotated[int, Field(gt=0)] = 64
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    after: Literal["both", "feed_forward"] = Field(
+        "both",
+        description="behind attention and feed-forward (Houlsby et al. 2019), or the latter (Pfeiffer et al. 2020)",
+    )
+
+
+class ForgettingConfig(Section):
+    """What training may cost on rows that it is not about."""
+
+    data: str = Field(description="jsonl file of general rows: messages and target, or text")
+    budget: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="how much the loss on them may rise, as a share of the loss before training"
+    )
+    max_rows: Annotated[int, Field(gt=0)] = 200
+
+
+class TrainConfig(Section):
+    """How a model is trained: the student of a run, and the model of ``slmops train``."""
+
+    method: Literal["full", "lora", "qlora", "bottleneck"] | None = Field(
+        None, description="null: full for students and closed label sets, LoRA for a whole model on an open task"
+    )
+    lora: LoraConfig = LoraConfig()
+    bottleneck: BottleneckConfig = BottleneckConfig()
+    loss: str | None = Field(None, description="FILE.py:FUNCTION beside the recipe; null: cross-entropy")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = Field(
+        "cosine", description="of the learning rate, after warming up"
+    )
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps that warm up")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size: Annotated[int, Field(gt=0)] | None = Field(None, description="rows a step; null: chosen by the task")
+    accumulation: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="parts that a step's rows are worked through in; null: as many as the free memory asks for"
+    )
+    checkpoint_activations: bool = Field(False, description="compute inner values again instead of keeping them")
+    packing: bool = Field(True, description="rows end to end without padding, what all begin with computed once")
     max_tokens: Annotated[int, Field(gt=0)] = Field(512, description="longer rows are cut, and counted")
     patience: Annotated[int, Field(gt=0)] | None = Field(
         None, description="evaluations without improvement before training stops; null: chosen by the task"
@@ -300,6 +350,10 @@ class TrainConfig(Section):
         "auto", description="auto: the faster one, measured at the start"
     )
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 200
+    forgetting: ForgettingConfig | None = Field(None, description="null: what is forgotten is not measured")
+    trackers: tuple[Literal["tensorboard", "mlflow"], ...] = Field((), description="where the curves also go")
+    tracking_folder: str | None = Field(None, description="null: tracking/NAME in the store")
+    processes: Annotated[int, Field(gt=0, le=64)] = Field(1, description="that train together on this machine")
 
 
 class CompressConfig(Section):
@@ -489,6 +543,11 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     for part in (raw["teacher"], raw["teacher"]["judge"]):
         if part is not None and isinstance(part["prices"], str):
             part["prices"] = Path(part["prices"]).name
+    train = raw["train"]
+    for key in ("loss", "tracking_folder"):
+        train[key] = train[key] and Path(train[key]).name
+    if train["forgetting"]:
+        train["forgetting"]["data"] = Path(train["forgetting"]["data"]).name
     return raw
 
 
@@ -574,6 +633,15 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("train", "validation", "test"):
             if isinstance(data.get(key), str) and not _has_scheme(data[key]):
                 data[key] = str((folder / data[key]).resolve())
+    train = raw.get("train")
+    if isinstance(train, dict):
+        if isinstance(train.get("loss"), str) and ":" in train["loss"]:
+            file, _, function = train["loss"].rpartition(":")
+            train["loss"] = f"{(folder / file).resolve()}:{function}"
+        if isinstance(train.get("tracking_folder"), str):
+            train["tracking_folder"] = str((folder / train["tracking_folder"]).resolve())
+        if isinstance(train.get("forgetting"), dict) and isinstance(train["forgetting"].get("data"), str):
+            train["forgetting"]["data"] = str((folder / train["forgetting"]["data"]).resolve())
     teachers = [part for name in ("teacher", "teachers") for part in _as_list(raw.get(name))]
     for part in (*teachers, raw.get("student")):
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():

@@ -1,4 +1,4 @@
-"""Real model folders, small enough to be made in a test: a bag-of-tokens classifier and a two-layer Llama."""
+"""Real model folders, small enough to be made in a test: a bag-of-tokens classifier, a two-layer Llama and its kin."""
 
 from __future__ import annotations
 
@@ -137,6 +137,58 @@ def write_tiny_llama(folder: Path, *, context_tokens: int = 512) -> Any:
             initializer_range=0.3,  # wide: greedy choices are far apart, so rounding cannot turn them
         )
     ).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "phi3", "phi4", "gemma3")
+"""Families that :func:`write_tiny_model` knows. SmolLM2 is a Llama; Phi-4 mini is a Phi-3 that turns three quarters of
+each head."""
+
+
+def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512) -> Any:
+    """Random weights of one of :data:`ARCHITECTURES`, with a tokenizer, in the layout of transformers; the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    own: dict[str, dict[str, Any]] = {
+        "smollm3": {"no_rope_layers": [1, 0]},
+        "qwen3": {"head_dim": 16},
+        "phi3": {"sliding_window": 16},
+        "phi4": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75},
+        },
+        "gemma3": {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    }
+    config = AutoConfig.for_model(
+        {"phi4": "phi3", "gemma3": "gemma3_text"}.get(architecture, architecture),
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_tokens,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=architecture in {"llama", "gemma3", "qwen2", "qwen3", "smollm3"},
+        initializer_range=0.3,
+        **own.get(architecture, {}),
+    )
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model

@@ -232,3 +232,17 @@ def test_rows_that_nobody_can_be_judged_by(place: Place, tmp_path: Path) -> None
     error = refused(place, tmp_path, DataError, **sections)
     assert "No row of the test split has an answer" in str(error)
     assert "data.target" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"method": "lora"}, "train.method is lora"),
+        ({"processes": 2}, "train.processes is 2"),
+        ({"trackers": ["mlflow"]}, "train.trackers is set"),
+    ],
+)
+def test_a_run_refuses_what_only_fine_tuning_honours(place: Place, tmp_path: Path, train: Any, said: str) -> None:
+    with Store.open(tmp_path / "store") as store, pytest.raises(RecipeError, match=said) as caught:
+        run_recipe(place.recipe(train=train), store)
+    assert "slmops train RECIPE" in (caught.value.remedy or "")

@@ -22,11 +22,11 @@ from slmops.progress import Progress
 from slmops.train.loop import (
     LoopConfig,
     ParameterGroup,
-    _warmup_cosine,
     fit,
     iterate_batches,
     last_checkpoint,
     parameter_groups,
+    rate_factor,
 )
 
 # One process imports torch; each run is forked off it, and can be killed for itself.
@@ -233,7 +233,7 @@ def test_the_optimizer_is_adamw_by_hand(tmp_path: Path) -> None:
 
     model, config = One(), quick(15, max_gradient_norm=1e9, warmup_share=0.2)
     fit(model, Quadratic(), parameter_groups(list(model.parameters()), 0.1, 0.3), config, tmp_path)
-    factor = _warmup_cosine(config)
+    factor = rate_factor(config)
     w, m, v = 2.0, 0.0, 0.0
     for step in range(15):
         rate, gradient = 0.1 * factor(step), 2 * w
@@ -244,14 +244,14 @@ def test_the_optimizer_is_adamw_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_schedule_rises_and_falls() -> None:
-    factor = _warmup_cosine(quick(100, warmup_share=0.1))
+    factor = rate_factor(quick(100, warmup_share=0.1))
     values = [factor(step) for step in range(100)]
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1.0
     assert values[55] == pytest.approx(0.5)
     assert all(later <= earlier for earlier, later in itertools.pairwise(values[10:]))
     assert values[-1] == 0.01
-    assert _warmup_cosine(quick(1))(0) == 1.0
+    assert rate_factor(quick(1))(0) == 1.0
 
 
 def test_parameter_groups() -> None:

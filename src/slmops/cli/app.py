@@ -12,6 +12,7 @@ import sys
 import typer
 
 from slmops import __version__
+from slmops.cli.adapters import adapters
 from slmops.cli.chat import chat
 from slmops.cli.data import data
 from slmops.cli.demo import demo
@@ -22,6 +23,7 @@ from slmops.cli.run import run
 from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
 from slmops.cli.trace import trace
+from slmops.cli.train import train
 from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
@@ -60,6 +62,8 @@ app.command()(init)
 app.command()(doctor)
 app.command()(data)
 app.command()(distill)
+app.command()(train)
+app.add_typer(adapters, name="adapters")
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)

@@ -18,6 +18,7 @@ from slmops.compress.folder import (
     read_labels,
     write_description,
 )
+from slmops.models.folder import BOTTLENECK_FOLDER as BOTTLENECKS
 from slmops.progress import Progress, ProgressSink, ignore
 
 LEFT_OUT = frozenset({MANIFEST_NAME, MODEL_DESCRIPTION, "history.json"})
@@ -48,6 +49,8 @@ def torch_variant(
     for done, path in enumerate(files):
         progress(Progress("compress as trained", done, len(files), "files", path.name))
         _link_or_copy(path, folder / path.name)
+    if (checkpoint_folder / BOTTLENECKS).is_dir():
+        shutil.copytree(checkpoint_folder / BOTTLENECKS, folder / BOTTLENECKS)
     progress(Progress("compress as trained", len(files), len(files), "files"))
     check_files(folder, ["config.json", "tokenizer.json"], "Copying the checkpoint", "Train or fetch the model again.")
     write_description(

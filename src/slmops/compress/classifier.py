@@ -27,6 +27,7 @@ from slmops.compress.folder import (
     write_description,
 )
 from slmops.errors import ConversionError
+from slmops.models.folder import refuse_bottlenecks
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import Precision
 from slmops.trust import digest_file
@@ -63,6 +64,7 @@ def export_classifier(
         ConversionError: a tool failed, or what it made does not answer, or not as torch does.
     """
     task_name = f"compress {precision}"
+    refuse_bottlenecks(checkpoint_folder)
     config = read_json(checkpoint_folder / "config.json")
     labels = read_labels(checkpoint_folder)
     parameters = count_parameters(checkpoint_folder)

@@ -35,6 +35,7 @@ from slmops.compress.folder import (
     write_description,
 )
 from slmops.errors import ConversionError, ModelError
+from slmops.models.folder import refuse_bottlenecks
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import Precision
 
@@ -82,6 +83,7 @@ def export_generator(
         ModelError: the folder is not a language model with a chat template.
         ConversionError: the builder failed (its last lines are in the message), or what it made does not answer.
     """
+    refuse_bottlenecks(checkpoint_folder)
     config = read_json(checkpoint_folder / "config.json")
     if (checkpoint_folder / "labels.json").exists():
         raise ModelError(

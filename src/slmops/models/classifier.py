@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slmops.errors import ModelError
+from slmops.models.bottleneck import attach_saved_bottlenecks, without_bottlenecks
 from slmops.models.quiet import quiet_transformers
 
 LABELS_NAME = "labels.json"
@@ -79,7 +80,8 @@ def save_classifier(classifier: PooledClassifier, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().contiguous().clone() for name, tensor in classifier.state_dict().items()}
+    state = without_bottlenecks(classifier.state_dict())
+    weights = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = cast(Any, classifier.backbone.config)
     config.architectures = ["PooledClassifier"]
@@ -115,6 +117,7 @@ def load_classifier(folder: Path) -> PooledClassifier:
         classifier.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(f"{folder}: weights and config.json do not belong together: {error}") from None
+    attach_saved_bottlenecks(classifier.backbone, folder)
     return classifier.eval()
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from slmops.errors import ModelError, ModelNotFoundError
 
 INDEX_NAME = "model.safetensors.index.json"
+BOTTLENECK_FOLDER = "bottleneck"
+"""Where adapters that cannot be merged lie beside a model (see ``models/bottleneck.py``)."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -157,6 +159,15 @@ def check_model_folder(folder: Path) -> None:
         read_tensors(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{folder} has no tokenizer.", remedy="Put tokenizer.json beside config.json.")
+
+
+def refuse_bottlenecks(folder: Path) -> None:
+    """Raises :class:`ModelError` for a model that only the torch runtime computes rightly."""
+    if (folder / BOTTLENECK_FOLDER).is_dir():
+        raise ModelError(
+            f"{folder} has bottleneck adapters, which no other engine runs and which cannot be merged.",
+            remedy="Train with train.method: lora or full where the model is to be converted.",
+        )
 
 
 def _cut_short(path: Path, size_bytes: int, expected_bytes: int, *, least: bool = False) -> ModelError:

@@ -46,6 +46,8 @@ from slmops.store import Store, code_version
 __all__ = ["RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe"]
 
 SERVED_MAX_TOKENS = 2048
+TRAIN_ONLY = ("method", "loss", "forgetting", "trackers", "processes", "checkpoint_activations")
+"""Keys of ``train`` that ``slmops train`` honours and a run's student does not know."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,14 @@ def _check(recipe: Recipe) -> None:
         )
     if problem := impossible_signals(recipe):
         raise problem
+    for key in TRAIN_ONLY:
+        value = getattr(recipe.train, key)
+        if value != type(recipe.train).model_fields[key].default and (key, value) != ("method", "full"):
+            shown = value if isinstance(value, str | int) else "set"
+            raise RecipeError(
+                f"train.{key} is {shown}, but a run trains its student whole.",
+                remedy="Leave it out, or fine-tune without a teacher: slmops train RECIPE.",
+            )
     if recipe.closed and not recipe.teacher.remote and not recipe.teacher.adapt:
         raise RecipeError(
             f"teacher.adapt is false, but {recipe.teacher.model} has no head for these labels.",

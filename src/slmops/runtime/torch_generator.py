@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer, EncodedChat
 from slmops.errors import ContextLengthError, MissingExtraError, ModelError, ModelNotFoundError, UsageError
-from slmops.models.quiet import quiet_transformers
+from slmops.models.quiet import load_bitsandbytes, quiet_transformers
 from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
 from slmops.runtime.stops import StopScanner
 
@@ -396,6 +396,8 @@ def _load_model(folder: Path) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from slmops.models.bottleneck import attach_saved_bottlenecks
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -411,6 +413,7 @@ def _load_model(folder: Path) -> Any:
             f"{folder} lacks {len(missing)} weights of a causal language model, the first {missing[0]!r}.",
             remedy="Fetch or train the model again; a classifier is opened as a classifier.",
         )
+    attach_saved_bottlenecks(model, folder)
     return model
 
 
@@ -421,6 +424,7 @@ def _merge(model: Any, adapter: Path) -> Any:
             f"{adapter} is not an adapter: it has no adapter_config.json.",
             remedy="Name a folder that peft has written.",
         )
+    load_bitsandbytes()
     try:
         from peft import PeftModel
     except ImportError:

@@ -5,12 +5,22 @@
     classifier   closed label sets: a teacher adapted, a student taught
     generator    open tasks: the same with text
     loop         transformers' Trainer with our batches, losses, progress and exact resume
+    finetune     a model on gold answers alone, by the methods of ``methods``
+    adapters     several on one base: listed, merged, combined
     student      what is cut out of a teacher
     vocabulary   a tokenizer trimmed to the task
-    losses, batching, tokens
+    losses, batching, packing, processes, trackers, forgetting, custom_loss, tokens
 """
 
 from slmops.train.classifier import adapt_classifier, train_classifier_student
+from slmops.train.finetune import FinetuneJob, finetune
 from slmops.train.generator import adapt_generator, train_generator_student
 
-__all__ = ["adapt_classifier", "adapt_generator", "train_classifier_student", "train_generator_student"]
+__all__ = [
+    "FinetuneJob",
+    "adapt_classifier",
+    "adapt_generator",
+    "finetune",
+    "train_classifier_student",
+    "train_generator_student",
+]

@@ -43,3 +43,25 @@ def _one_epoch(lengths: Sequence[int], batch_size: int, rng: random.Random) -> l
         batches += [piece[i : i + batch_size] for i in range(0, len(piece), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+def divide(
+    rows: Sequence[int], lengths: Sequence[int], *, parts: int = 1, max_tokens: int | None = None
+) -> list[list[int]]:
+    """``rows`` in at least ``parts`` pieces (as far as there are rows), each of at most ``max_tokens`` when padded.
+
+    ``lengths`` are the rows' own, in the same order. A row longer than ``max_tokens`` is a piece of its own.
+    """
+    most_rows = max(1, -(-len(rows) // max(1, parts)))
+    pieces: list[list[int]] = []
+    longest = 0
+    for row, length in zip(rows, lengths, strict=True):
+        longest = max(longest, length)
+        full = pieces and (
+            len(pieces[-1]) >= most_rows or (max_tokens is not None and longest * (len(pieces[-1]) + 1) > max_tokens)
+        )
+        if not pieces or full:
+            pieces.append([])
+            longest = length
+        pieces[-1].append(row)
+    return pieces

@@ -1,7 +1,10 @@
 """The training loop: transformers' Trainer with our batches, our losses and our progress.
 
-Guarantees: a run that was killed and started again ends with the same weights as one that was not (same machine, same
-libraries); a loss that is not a number stops the run instead of spoiling the weights; nothing is sent to any tracker.
+Guarantees: a run that was killed and started again ends with the same weights and the same curve as one that was not
+(same machine, same libraries); a loss that is not a number stops the run instead of spoiling the weights, and leaves
+the batch behind; however a step's rows are divided over parts and processes, the step's loss is the mean over all its
+rows (over all their learnt tokens where the objective weighs rows so); nothing is sent to any tracker that was not
+asked for.
 """
 
 from __future__ import annotations
@@ -20,14 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from slmops.errors import ModelError
+from slmops.models.quiet import load_bitsandbytes
 from slmops.progress import Progress, ProgressSink, ignore
-from slmops.train.batching import plan_batches
+from slmops.train.batching import divide, plan_batches
+from slmops.train.processes import ProcessGroup
+
+load_bitsandbytes()  # transformers' Trainer imports it where it is installed, and it would look at a hub
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.trainer_callback import ExportableState, PrinterCallback  # noqa: E402
 
 Batch = dict[str, Tensor]
+Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]
+Part = tuple[Batch, float, list[int]]
+"""A batch, its share of the step's loss, and the rows in it."""
 
 STATE_NAME = "trainer_state.json"
 """What the Trainer writes last into a checkpoint: where it can be read, the checkpoint is whole."""
@@ -54,13 +64,21 @@ class Objective(Protocol):
         ...
 
 
+def row_weights(objective: Objective) -> Sequence[float]:
+    """What each row counts in a batch's mean: the objective's ``weights`` where it has some, else all the same."""
+    weights: Sequence[float] | None = getattr(objective, "weights", None)
+    return [1.0] * len(objective.lengths) if weights is None else weights
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """How long and how fast to train.
 
-    ``warmup_share`` of the steps rise linearly; the rest follows a cosine down to nothing. ``patience`` counts
-    validations without a lower loss; None never stops early and keeps the last weights. ``checkpoint_every_s``: a
-    killed run loses at most so many seconds of work.
+    ``warmup_share`` of the steps rise linearly; the rest follows ``schedule``. ``patience`` counts validations without
+    a lower loss; None never stops early and keeps the last weights. ``checkpoint_every_s``: a killed run loses at most
+    so many seconds of work. ``max_part_tokens``: a step's rows are worked through in parts of at most so many padded
+    tokens (one row at least), and in ``parts`` parts at least. ``frozen_bf16``: where bf16 is trained in, matrices that
+    are not trained are kept in it, which is what autocast makes of them at every use.
     """
 
     steps: int
@@ -72,6 +90,10 @@ class LoopConfig:
     max_gradient_norm: float = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    schedule: Schedule = "cosine"
+    parts: int = 1
+    max_part_tokens: int | None = None
+    frozen_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,22 +125,27 @@ def fit(
     *,
     task: str = "training",
     progress: ProgressSink = ignore,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place; returns the loss curve, one mapping a logged step.
 
-    ``work`` holds checkpoints; when it holds some already, training goes on from the last.
+    ``work`` holds checkpoints; when it holds some already, training goes on from the last. ``callbacks``: trackers and
+    the like, called in the first process only.
 
     Raises:
-        ModelError: the loss became NaN or infinite.
+        ModelError: the loss became NaN or infinite; the batch is in ``work``, and the message says where.
     """
+    group = ProcessGroup.current()
     plan = plan_batches(objective.lengths, batch_size=config.batch_size, steps=config.steps, seed=config.seed)
-    precision = _decide_precision(model, objective, plan[0], config.precision, work)
+    precision = group.agree(lambda: _decide_precision(model, objective, plan[0], config.precision, work))
+    if precision == "bf16" and config.frozen_bf16:
+        _keep_frozen_in_bf16(model)
     optimizer = torch.optim.AdamW(
         [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups],
         betas=(0.9, 0.98),
         fused=True,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config))
     keep_best = config.patience is not None
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
@@ -140,20 +167,24 @@ def fit(
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    resumed = last_checkpoint(work / "checkpoints")
+    resumed = group.agree(lambda: last_checkpoint(work / "checkpoints"))
     watch = _Watch(task, config, progress, [] if resumed is None else unlogged_losses(resumed))
-    callbacks: list[TrainerCallback] = [watch]
+    called: list[TrainerCallback] = [watch]
     if config.patience is not None:
-        callbacks.append(_Patience(config.patience))
+        called.append(_Patience(config.patience))
+    if group.rank == 0:
+        called.extend(callbacks)
     trainer = _SlmTrainer(
         model=model,
         args=arguments,
         optimizers=(optimizer, scheduler),
-        callbacks=callbacks,
+        callbacks=called,
         objective=objective,
-        plan=plan,
+        steps=_Steps(plan, objective, config, group),
         precision=precision,
         unlogged=watch.unlogged,
+        group=group,
+        work=work,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -182,34 +213,63 @@ def unlogged_losses(checkpoint: Path) -> list[float]:
 
 class _SlmTrainer(Trainer):  # type: ignore[misc]
     def __init__(
-        self, *, objective: Objective, plan: list[list[int]], precision: str, unlogged: list[float], **rest: Any
+        self,
+        *,
+        objective: Objective,
+        steps: _Steps,
+        precision: str,
+        unlogged: list[float],
+        group: ProcessGroup,
+        work: Path,
+        **rest: Any,
     ) -> None:
         self.unlogged = unlogged
-        # The Trainer wants a data set; what it iterates is the plan.
-        super().__init__(train_dataset=_Indices(plan), eval_dataset=_Indices([]), data_collator=_first, **rest)
+        # The Trainer wants a data set; what it iterates is made in get_train_dataloader.
+        super().__init__(train_dataset=steps, eval_dataset=_Nothing(), data_collator=_first, **rest)
         self.objective = objective
-        self.plan = plan
+        self.steps = steps
         self.precision = precision
+        self.group = group
+        self.work = work
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        steps: DataLoader[Any] = DataLoader(
-            _Steps(self.plan, self.objective), batch_size=1, shuffle=False, collate_fn=_first
-        )
+        steps: DataLoader[Any] = DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_first)
         return steps
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss = self.objective.loss(model, inputs)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ModelError(
-                f"The loss became {value} at step {self.state.global_step + 1}.",
-                remedy="Lower the learning rate, or set train.precision: fp32.",
-            )
-        self.unlogged.append(value)
-        return (loss, None) if return_outputs else loss
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # One process as many: the model is not wrapped (our losses call parts of it); see _sum_over_processes.
+        place, self.accelerator.prepare_model = self.accelerator.prepare_model, lambda model, **_: model
+        try:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        finally:
+            self.accelerator.prepare_model = place
+
+    def training_step(self, model: nn.Module, inputs: list[Part], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        step_loss = 0.0
+        for batch, share, rows in inputs:
+            with autocast(self.precision):
+                loss = self.objective.loss(model, self._prepare_inputs(batch))
+            value = loss.item()
+            if not math.isfinite(value):
+                self._stop(value, batch, rows)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            step_loss += value * share
+        step_loss = self.group.sum_gradients(model, step_loss)
+        self.unlogged.append(step_loss)
+        return torch.tensor(step_loss, device=self.args.device)
+
+    def _stop(self, value: float, batch: Batch, rows: list[int]) -> None:
+        step = self.state.global_step + 1
+        path = save_offending(batch, rows, step, value, self.work)
+        raise ModelError(
+            f"The loss became {value} at step {step}. The batch is in {path}.",
+            remedy="Lower the learning rate, or set train.precision: fp32.",
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -218,13 +278,10 @@ class _SlmTrainer(Trainer):  # type: ignore[misc]
             self.unlogged.clear()
         super().log(logs, start_time)
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        return autocast(self.precision)
-
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
         with torch.no_grad(), autocast(self.precision):
-            figures = self.objective.validate(self.model)
+            figures = self.group.agree(lambda: self.objective.validate(self.model))
         self.model.train()
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
@@ -276,28 +333,46 @@ class _Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {}, "attributes": {"unlogged": list(self.unlogged)}}
 
 
-class _Steps(TorchDataset[Batch]):
-    """Step number -> batch, made when it is asked for."""
+class _Steps(TorchDataset[list[Part]]):
+    """Step number -> this process's parts of the step, made when they are asked for."""
 
-    def __init__(self, plan: list[list[int]], objective: Objective) -> None:
-        self.plan, self.objective = plan, objective
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.objective.collate(self.plan[step])
-
-
-class _Indices(TorchDataset[list[int]]):
-    def __init__(self, plan: list[list[int]]) -> None:
-        self.plan = plan
+    def __init__(self, plan: list[list[int]], objective: Objective, config: LoopConfig, group: ProcessGroup) -> None:
+        self.plan, self.objective, self.config, self.group = plan, objective, config, group
+        self.lengths, self.weights = objective.lengths, row_weights(objective)
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> list[int]:
-        return self.plan[index]
+    def __getitem__(self, step: int) -> list[Part]:
+        rows = self.plan[step]
+        whole = sum(self.weights[row] for row in rows)
+        parts = divide(
+            rows[self.group.rank :: self.group.size],
+            [self.lengths[row] for row in rows[self.group.rank :: self.group.size]],
+            parts=self.config.parts,
+            max_tokens=self.config.max_part_tokens,
+        )
+        return [(self.objective.collate(part), sum(self.weights[row] for row in part) / whole, part) for part in parts]
+
+
+class _Nothing(TorchDataset[int]):
+    def __len__(self) -> int:
+        return 0
+
+
+def save_offending(batch: Batch, rows: Sequence[int], step: int, loss: float, work: Path) -> Path:
+    """Write a batch that gave no number, and which rows it was, into ``work``; the folder."""
+    from safetensors.torch import save_file
+
+    folder = work / "offending-batch"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in batch.items()},
+        folder / "batch.safetensors",
+    )
+    about = {"step": step, "loss": str(loss), "rows": list(rows)}
+    (folder / "batch.json").write_text(json.dumps(about, indent=1), "utf-8")
+    return folder
 
 
 def _first(items: Sequence[Any]) -> Any:
@@ -311,16 +386,34 @@ def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
 
 
-def _warmup_cosine(config: LoopConfig) -> Callable[[int], float]:
+def rate_factor(config: LoopConfig) -> Callable[[int], float]:
+    """Step -> what the learning rate is multiplied with: a linear rise, then the schedule; never less than 0.01."""
     warmup_steps = max(1, round(config.warmup_share * config.steps))
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        done = (step - warmup_steps) / max(1, config.steps - warmup_steps)
-        return max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        done = min(1.0, (step - warmup_steps) / max(1, config.steps - warmup_steps))
+        match config.schedule:
+            case "cosine":
+                value = 0.5 * (1 + math.cos(math.pi * done))
+            case "linear":
+                value = 1 - done
+            case "constant":
+                value = 1.0
+            case "inverse_sqrt":
+                value = math.sqrt(warmup_steps / (step + 1))
+        return max(0.01, value)
 
     return factor
+
+
+def _keep_frozen_in_bf16(model: nn.Module) -> None:
+    """Matrices that no gradient reaches, without those that are looked up in too (an embedding tied to the output)."""
+    looked_up = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    for part in model.modules():
+        if type(part) is nn.Linear and not part.weight.requires_grad and id(part.weight) not in looked_up:
+            part.weight.data = part.weight.data.to(torch.bfloat16)
 
 
 def _decide_precision(

@@ -18,11 +18,14 @@ from slmops.progress import ProgressSink, ignore
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig, StudentConfig, TrainConfig
 from slmops.train.generator.answers import (
     FULL_LEARNING_RATE,
+    AnswerObjective,
     EncodedRow,
     ToMessages,
+    answer_objective,
     copy_tokenizer,
-    encode_rows,
-    fit_answers,
+    encode_splits,
+    fit_objective,
+    may_pack,
     save,
 )
 from slmops.train.generator.signals import TeacherTokens, align_teacher_tokens, read_teacher_tokens
@@ -90,19 +93,16 @@ def train_generator_student(
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     chat = ChatTokenizer.load(draft.path)
     trained: Any = model
-    objective: TaughtObjective | None = None
+    rows = encode_splits(chat, dataset, to_messages, train.max_tokens)
+    objective: AnswerObjective
     if distill is not None and (distill.online or distill.cached):
-        rows = {
-            split: encode_rows(chat, list(dataset.rows(split)), to_messages, train.max_tokens)
-            for split in ("train", "validation")
-        }
         lessons = _Lessons(distill, dataset, to_messages, train, model_folder, teacher_folder, signals, kept_ids, chat)
         trained, objective = lessons.prepare(model, rows["train"], rows["validation"])
-    history = fit_answers(
+    else:
+        objective = answer_objective(model, rows, train)
+    history = fit_objective(
         trained,
-        chat,
-        dataset,
-        to_messages,
+        objective,
         train,
         epochs=train.epochs or EPOCHS,
         learning_rate=train.learning_rate or (LEARNING_RATE if cut else FULL_LEARNING_RATE),
@@ -110,7 +110,6 @@ def train_generator_student(
         draft=draft,
         task=task,
         progress=progress,
-        objective_for=None if objective is None else objective.of,
     )
     save(model, history, draft)
 
@@ -152,9 +151,9 @@ class _Lessons:
             online=online,
             layer_map=layer_map,
             eos_ids=self.chat.eos_token_ids,
+            packed=online is None and may_pack(model, rows, self.train),
         )
-        if rows:
-            check_losses(trained, objective)
+        check_losses(trained, objective)
         return trained, objective
 
     def _online(self, weights: dict[str, float]) -> OnlineTeacher:

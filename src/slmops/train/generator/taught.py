@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slmops.errors import ModelError, UsageError
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig
-from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows
+from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows, soft_capped
 from slmops.train.generator.signals import TeacherTokens, student_ids, to_student
 from slmops.train.loop import Batch
 from slmops.train.losses import (
@@ -34,6 +34,7 @@ from slmops.train.losses import (
     sorted_distance,
     weighted_sum,
 )
+from slmops.train.packing import packed_states
 from slmops.train.student import evenly_spread
 
 CHUNK_LOGITS = 1 << 24
@@ -145,7 +146,8 @@ class _View:
 class TaughtObjective(AnswerObjective):
     """The weighted sum of ``config.losses``. ``teachers``: from disk; ``online``: beside the student.
 
-    ``eos_ids`` end an answer that the student writes; ``layer_map`` is complete.
+    ``eos_ids`` end an answer that the student writes; ``layer_map`` is complete; ``packed`` goes with signals from disk
+    alone.
     """
 
     def __init__(
@@ -158,19 +160,13 @@ class TaughtObjective(AnswerObjective):
         online: OnlineTeacher | None = None,
         layer_map: Mapping[int, int] | None = None,
         eos_ids: Sequence[int] = (),
+        packed: bool = False,
     ) -> None:
-        super().__init__(rows, validation_rows)
+        super().__init__(rows, validation_rows, packed)
         self.config, self.teachers, self.online = config, list(teachers), online
         self.layer_map, self.eos_ids = dict(layer_map or {}), list(eos_ids)
-        self.weights = config.weights(closed=False)
+        self.loss_weights = config.weights(closed=False)
         self.temperature = config.softness(closed=False)
-
-    def of(self, rows: list[EncodedRow], validation_rows: list[EncodedRow]) -> TaughtObjective:
-        """This objective, if it is of these rows."""
-        if [row.tokens for row in rows] != [row.tokens for row in self.rows]:
-            raise ValueError("the rows are not those that the teachers were asked about")
-        self.rows, self.validation_rows = rows, validation_rows
-        return self
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """Beside the rows, of each teacher on disk what it thinks of the supervised tokens, row after row."""
@@ -191,37 +187,45 @@ class TaughtObjective(AnswerObjective):
         own = torch.zeros(len(batch["input_ids"]), dtype=torch.bool, device=batch["input_ids"].device)
         if self.config.on_policy_share and model.training:
             batch, own = self._with_own_answers(student, batch)
-        show = {"output_hidden_states": "hidden" in self.weights, "output_attentions": "attention" in self.weights}
+        show = {
+            "output_hidden_states": "hidden" in self.loss_weights,
+            "output_attentions": "attention" in self.loss_weights,
+        }
         show = {name: True for name, on in show.items() if on}
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        out = student.model(input_ids=ids, attention_mask=mask, use_cache=False, **show)
-        theirs = self.online(ids, mask, **show) if self.online is not None else None
-        wanted = batch["supervised"][:, 1:].bool()
-        targets = batch["input_ids"][:, 1:][wanted]
-        gold = targets.masked_fill(own[:, None].expand_as(wanted)[wanted], IGNORED_LABEL)
-        compared = self.weights.keys() & {"gold", "uld", *DISTRIBUTION_LOSSES}
-        total = targets.new_zeros((), dtype=torch.float32)
-        if compared:
-            view = self._view(batch, theirs, wanted)
+        out, theirs = None, None
+        if self.packed:
+            states, gold = packed_states(student, batch)[batch["predict"]], batch["targets"]
+            view = self._view(batch, None)
+        else:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            out = student.model(input_ids=ids, attention_mask=mask, use_cache=False, **show)
+            theirs = self.online(ids, mask, **show) if self.online is not None else None
+            wanted = batch["supervised"][:, 1:].bool()
             states = out.last_hidden_state[:, :-1][wanted]
+            gold = ids[:, 1:][wanted].masked_fill(own[:, None].expand_as(wanted)[wanted], IGNORED_LABEL)
+            view = self._view(batch, None if theirs is None else theirs.last_hidden_state[:, :-1][wanted])
+        compared = self.loss_weights.keys() & {"gold", "uld", *DISTRIBUTION_LOSSES}
+        total = states.new_zeros((), dtype=torch.float32)
+        if compared:
             rows_each = max(1, CHUNK_LOGITS // student.lm_head.weight.shape[0])
             total = in_chunks(
                 student.lm_head,
                 states,
                 rows_each,
-                lambda logits, rows: self._parts(logits, rows, gold, view),
-                self.weights,
+                lambda logits, rows: self._parts(soft_capped(logits, student.config), rows, gold, view),
+                self.loss_weights,
             )
         if show:
-            total = total + weighted_sum(self._shown(model, out, theirs, batch["attention_mask"]), self.weights)
+            total = total + weighted_sum(self._shown(model, out, theirs, batch["attention_mask"]), self.loss_weights)
         return total
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return super().validate(base_of(model))
 
-    def _view(self, batch: Batch, theirs: Any, wanted: Tensor) -> _View:
-        if theirs is not None:
-            return _View([], [], [], theirs.last_hidden_state[:, :-1][wanted])
+    def _view(self, batch: Batch, states: Tensor | None) -> _View:
+        """``states``: the last of the teacher that stands beside, at the tokens that are learnt."""
+        if states is not None:
+            return _View([], [], [], states)
         count = range(len(self.teachers))
         heard = [
             (batch[f"teacher{number}_ids"], batch[f"teacher{number}_logs"], batch[f"teacher{number}_tail"])
@@ -236,13 +240,13 @@ class TaughtObjective(AnswerObjective):
         """Each loss over the tokens ``rows`` as its share of the mean over all tokens."""
         share = len(logits) / len(gold)
         parts: dict[str, Tensor] = {}
-        if "gold" in self.weights:
+        if "gold" in self.loss_weights:
             summed = F.cross_entropy(logits.float(), gold[rows], ignore_index=IGNORED_LABEL, reduction="sum")
             parts["gold"] = summed / (gold != IGNORED_LABEL).sum().clamp(min=1)
         soft = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         for ours, theirs, weights, sorted_view in self._compared(soft, rows, view):
             found = self._divergences(ours, theirs, weights)
-            if "uld" in self.weights:
+            if "uld" in self.loss_weights:
                 logs, tail = sorted_view
                 found["uld"] = sorted_distance(soft, logs, tail, weights)
             for name, value in found.items():
@@ -253,11 +257,11 @@ class TaughtObjective(AnswerObjective):
         """Of what is softened already."""
         square = self.temperature**2
         found: dict[str, Tensor] = {}
-        if "forward_kl" in self.weights:
+        if "forward_kl" in self.loss_weights:
             found["forward_kl"] = square * softened_divergence(ours, theirs, 1.0, weights)
-        if "reverse_kl" in self.weights:
+        if "reverse_kl" in self.loss_weights:
             found["reverse_kl"] = square * reverse_divergence(ours, theirs, 1.0, weights)
-        if "jsd" in self.weights:
+        if "jsd" in self.loss_weights:
             found["jsd"] = square * generalized_jsd(ours, theirs, self.config.jsd_beta, 1.0, weights)
         return found
 
@@ -265,7 +269,7 @@ class TaughtObjective(AnswerObjective):
         """For each teacher: the student's logits, the teacher's logarithms of the same width, weights of the tokens,
         and what :func:`sorted_distance` takes of the teacher.
         """
-        divergent = bool(self.weights.keys() & set(DISTRIBUTION_LOSSES))
+        divergent = bool(self.loss_weights.keys() & set(DISTRIBUTION_LOSSES))
         if view.states is not None and divergent:
             yield (*self._beside(soft, view.states[rows]), None, ())
         for (ids, logs, tail), weights, known in zip(view.heard, view.weights, view.known, strict=True):
@@ -276,7 +280,7 @@ class TaughtObjective(AnswerObjective):
     def _beside(self, soft: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         teacher = cast(OnlineTeacher, self.online)
         with torch.no_grad():
-            logits = teacher.head(states).float() / self.temperature
+            logits = soft_capped(teacher.head(states), teacher.model.config).float() / self.temperature
         if self.config.top_k is None:
             # Over the tokens that both have; softmax makes it a distribution again.
             shared = logits if teacher.kept is None else logits[:, teacher.kept]
@@ -302,7 +306,7 @@ class TaughtObjective(AnswerObjective):
     def _shown(self, model: nn.Module, out: Any, theirs: Any, mask: Tensor) -> dict[str, Tensor]:
         """The losses of what is inside: the means over the pairs of ``layer_map``."""
         parts: dict[str, Tensor] = {}
-        if "hidden" in self.weights:
+        if "hidden" in self.loss_weights:
             projections, real = cast(Taught, model).projections, mask.bool()
             distances = []
             for ours, other in self.layer_map.items():
@@ -313,7 +317,7 @@ class TaughtObjective(AnswerObjective):
                     hidden_state_distance(projections[str(ours)](out.hidden_states[ours + 1][real]), target)
                 )
             parts["hidden"] = torch.stack(distances).mean()
-        if "attention" in self.weights:
+        if "attention" in self.loss_weights:
             parts["attention"] = torch.stack(
                 [
                     attention_divergence(out.attentions[ours], theirs.attentions[other], mask)

@@ -12,7 +12,15 @@ from slmops.chat import ChatTokenizer
 from slmops.models.quiet import quiet_transformers
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import TeacherConfig, TrainConfig
-from slmops.train.generator.answers import FULL_LEARNING_RATE, ToMessages, copy_tokenizer, fit_answers, save
+from slmops.train.generator.answers import (
+    FULL_LEARNING_RATE,
+    ToMessages,
+    answer_objective,
+    copy_tokenizer,
+    encode_splits,
+    fit_objective,
+    save,
+)
 
 LORA_RANK = 16
 LORA_LEARNING_RATE = 5e-4
@@ -49,11 +57,10 @@ def adapt_generator(
     rate = config.learning_rate or (LORA_LEARNING_RATE if lora else FULL_LEARNING_RATE)
     copy_tokenizer(model_folder, draft.path)
     shutil.copyfile(model_folder / "tokenizer.json", draft.path / "tokenizer.json")
-    history = fit_answers(
+    rows = encode_splits(ChatTokenizer.load(draft.path), dataset, to_messages, train.max_tokens)
+    history = fit_objective(
         model,
-        ChatTokenizer.load(draft.path),
-        dataset,
-        to_messages,
+        answer_objective(model, rows, train),
         train,
         epochs=config.adapt_epochs,
         learning_rate=rate,
