@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from slmops.errors import RecipeError
 
@@ -141,6 +141,47 @@ class TrainConfig(Section):
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 200
 
 
+class Range(Section):
+    """Numbers between two ends, both included: whole ones where both ends are. ``log``: evenly in their logarithm."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: Annotated[int | float, Field(gt=0)] | None = Field(None, description="only low, low + step, …; not with log")
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+Choices = tuple[bool | int | float | str | None, ...]
+"""Values of which one is taken."""
+
+
+def _tag_of_values(values: Any) -> str:
+    return "range" if isinstance(values, dict | Range) else "choices"
+
+
+Values = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_tag_of_values)]
+
+
+class SearchConfig(Section):
+    """Which keys of student, distill and train are searched, and how. The measure is the student's validation loss."""
+
+    space: Annotated[dict[str, Values], Field(min_length=1)] = Field(
+        description="recipe key -> {low, high, log, step}, or a list to choose from"
+    )
+    trials: Annotated[int, Field(gt=0)] = 20
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = Field(
+        "median", description="which trials are stopped early; they are looked at every train.checkpoint_every_steps"
+    )
+    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="no new trial is begun after this; run again, and the search goes on"
+    )
+    processes: Annotated[int, Field(gt=0, le=64)] = Field(1, description="trials at once, each in its own process")
+
+
 class CompressConfig(Section):
     """Which variants are made and measured, and which one may go into the bundle."""
 
@@ -195,6 +236,7 @@ class Recipe(Section):
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
+    search: SearchConfig | None = Field(None, description="null: train as written above")
     compress: CompressConfig = CompressConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -223,6 +265,8 @@ class Recipe(Section):
 # --- reading ----------------------------------------------------------------------------------------------------
 
 _Location = tuple[str | int, ...]
+_TAGS = frozenset({"range", "choices"})
+"""What pydantic puts into a location to say which of several types it tried."""
 _TEMPLATES: frozenset[_Location] = frozenset({("data", "input"), ("data", "target")})
 """Texts that start with a brace, which YAML takes for a mapping where they are not quoted."""
 
@@ -284,14 +328,80 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     return raw
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with the keys of ``values`` (``"train.learning_rate"``) changed, and without its search.
+
+    Raises:
+        RecipeError: there is no such key, or it does not take this value.
+    """
+    raw = recipe_json(recipe)
+    raw["search"] = None
+    for name, value in values.items():
+        section: Any = raw
+        *parents, last = name.split(".")
+        for number, parent in enumerate(parents):
+            if not isinstance(section.get(parent), dict):
+                raise RecipeError(f"Unknown key {'.'.join(parents[: number + 1])}.")
+            section = section[parent]
+        section[last] = value
+    return _validate(raw, path=None, lines={})
+
+
+SEARCHED = ("student", "distill", "train")
+_NOT_COMPARABLE = {"train.max_tokens": "it changes what the validation loss is measured on"}
+_NOT_COMPARABLE_OPEN = {
+    "student.model": "losses by token of different tokenizers do not compare",
+    "student.vocabulary": "losses by token of different tokenizers do not compare",
+}
+
+
+def _space_problem(recipe: Recipe) -> tuple[str, str, str | None] | None:
+    """Key, message and remedy of the first part of the search space that cannot be searched."""
+    excluded = _NOT_COMPARABLE | ({} if recipe.closed else _NOT_COMPARABLE_OPEN)
+    for key, values in recipe.search.space.items() if recipe.search else ():
+        name = f"search.space.{key}"
+        if key.split(".")[0] not in SEARCHED or "." not in key:
+            return key, f"{name} cannot be searched.", f"Keys of these sections can: {', '.join(SEARCHED)}."
+        if key in excluded:
+            return key, f"{name} cannot be searched: {excluded[key]}.", None
+        if isinstance(values, Range):
+            if problem := _range_problem(values):
+                return key, f"{name}: {problem}.", None
+            tried: tuple[Any, ...] = (values.low, values.high)
+        else:
+            if len(set(map(repr, values))) < max(2, len(values)):
+                return key, f"{name} is {list(values)}: it needs two or more different values.", None
+            tried = values
+        for value in tried:
+            try:
+                with_values(recipe, {key: value})
+            except RecipeError as error:
+                return key, f"{name} cannot be {value!r}. {error.message}", error.remedy
+    return None
+
+
+def _range_problem(values: Range) -> str | None:
+    if not values.low < values.high:
+        return f"low is {values.low} and high is {values.high}; low must be less"
+    if values.log and values.low <= 0:
+        return f"low is {values.low}, and a logarithm needs more than 0"
+    if values.step is not None and values.log:
+        return f"step is {values.step}, which does not go with log"
+    if values.step is not None and values.step > values.high - values.low:
+        return f"step is {values.step}, which is more than lies between {values.low} and {values.high}"
+    if values.step is not None and values.whole and not isinstance(values.step, int):
+        return f"step is {values.step}, but both ends are whole numbers"
+    return None
+
+
 def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Location, int]) -> Recipe:
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
         # A misspelled key is unknown, and the right one missing: the former says more.
         first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-        location: _Location = tuple(first["loc"])
+        location: _Location = tuple(part for part in first["loc"] if part not in _TAGS)
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise RecipeError(
             _describe(first, location) + more,
@@ -299,6 +409,10 @@ def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Locatio
             line=_line_of(location, lines),
             remedy=_remedy(first, location),
         ) from None
+    if problem := _space_problem(recipe):
+        key, message, remedy = problem
+        raise RecipeError(message, path=path, line=_line_of(("search", "space", key), lines), remedy=remedy)
+    return recipe
 
 
 def _describe(problem: Mapping[str, Any], location: _Location) -> str:
@@ -316,7 +430,7 @@ def _describe(problem: Mapping[str, Any], location: _Location) -> str:
 
 def _remedy(problem: Mapping[str, Any], location: _Location) -> str | None:
     if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
+        section = Range if "range" in problem["loc"] else _section_at(location[:-1])
         known = [field.alias or name for name, field in section.model_fields.items()]
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
