@@ -125,9 +125,44 @@ class DistillConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021), for ``train.method: lora`` and ``qlora``."""
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="null: twice the rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="names of the matrices that get adapters, for example [q_proj, v_proj]"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
+    dora: bool = Field(False, description="learn magnitude and direction apart (Liu et al. 2024)")
+
+
+class PreferencesConfig(Section):
+    """Pairs of answers of which one is better, learnt after the training (DPO, Rafailov et al. 2023; open tasks)."""
+
+    file: str = Field(description="jsonl: {prompt or messages, chosen, rejected}")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how much moving away from the model before costs")
+    epochs: Annotated[float, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    batch_size: Annotated[int, Field(gt=0)] = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_a_path(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+
 class TrainConfig(Section):
     """How the student is trained."""
 
+    engine: Literal["slmops", "olive"] = Field(
+        "slmops", description="olive: LoRA or QLoRA by Microsoft Olive, for a student.model on an open task"
+    )
+    method: Literal["full", "lora", "qlora"] | None = Field(
+        None, description="null: full for students and closed label sets, LoRA for a whole model on an open task"
+    )
+    lora: LoraConfig = LoraConfig()
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(gt=0)] | None = Field(None, description="rows a step; null: chosen by the task")
@@ -139,6 +174,7 @@ class TrainConfig(Section):
         "auto", description="auto: the faster one, measured at the start"
     )
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 200
+    preferences: PreferencesConfig | None = Field(None, description="a file of pairs, or a section; null: none")
 
 
 class Range(Section):
@@ -207,6 +243,19 @@ class EvaluateConfig(Section):
     currency: str = "USD"
 
 
+class AzureMLConfig(Section):
+    """Where ``slmops run --on azureml`` runs. What is null comes from the ``config.json`` of an Azure ML workspace."""
+
+    subscription_id: str | None = None
+    resource_group: str | None = None
+    workspace: str | None = None
+    compute: str = Field(description="name of a compute cluster")
+    computes: dict[str, str] = Field({}, description="stage -> another cluster for it, for example {teacher: gpu}")
+    image: str = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:latest"
+    requirement: str = Field("slmops[train]", description="what pip installs there: a package, a wheel, an address")
+    experiment: str | None = Field(None, description="null: the recipe's name")
+
+
 class BudgetConfig(Section):
     """What the device can hold. None: no limit."""
 
@@ -240,6 +289,7 @@ class Recipe(Section):
     compress: CompressConfig = CompressConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
+    azureml: AzureMLConfig | None = Field(None, description="where --on azureml runs")
     gates: GatesConfig = GatesConfig()
     privacy: Literal["local", "remote"] = Field(
         "local", description="local: rows never leave this machine; remote: a remote teacher may read them"
@@ -259,6 +309,18 @@ class Recipe(Section):
             raise ValueError(
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
             )
+        if self.train.preferences and self.closed:
+            raise ValueError(
+                f"train.preferences is for open tasks, and the answers of {self.task} are labels out of a fixed set"
+            )
+        if self.train.engine == "olive":
+            if self.closed or self.student.model is None:
+                raise ValueError(
+                    "train.engine is olive, which trains adapters of a whole language model: it needs an open task and "
+                    "a student.model"
+                )
+            if self.train.method not in (None, "lora", "qlora"):
+                raise ValueError(f"train.engine is olive, which does not train with train.method {self.train.method}")
         return self
 
 
@@ -325,6 +387,8 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
             value = raw[section][key]
             if value is not None and not _has_scheme(value):
                 raw[section][key] = Path(value).name
+    if raw["train"]["preferences"]:
+        raw["train"]["preferences"]["file"] = Path(raw["train"]["preferences"]["file"]).name
     return raw
 
 
@@ -348,7 +412,10 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 SEARCHED = ("student", "distill", "train")
-_NOT_COMPARABLE = {"train.max_tokens": "it changes what the validation loss is measured on"}
+_NOT_COMPARABLE = {
+    "train.max_tokens": "it changes what the validation loss is measured on",
+    "train.preferences": "the validation loss is taken before the preferences are learnt",
+}
 _NOT_COMPARABLE_OPEN = {
     "student.model": "losses by token of different tokenizers do not compare",
     "student.vocabulary": "losses by token of different tokenizers do not compare",
@@ -362,8 +429,9 @@ def _space_problem(recipe: Recipe) -> tuple[str, str, str | None] | None:
         name = f"search.space.{key}"
         if key.split(".")[0] not in SEARCHED or "." not in key:
             return key, f"{name} cannot be searched.", f"Keys of these sections can: {', '.join(SEARCHED)}."
-        if key in excluded:
-            return key, f"{name} cannot be searched: {excluded[key]}.", None
+        for closed_to, why in excluded.items():
+            if f"{key}.".startswith(f"{closed_to}."):
+                return key, f"{name} cannot be searched: {why}.", None
         if isinstance(values, Range):
             if problem := _range_problem(values):
                 return key, f"{name}: {problem}.", None
@@ -477,6 +545,13 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("train", "validation", "test"):
             if isinstance(data.get(key), str) and not _has_scheme(data[key]):
                 data[key] = str((folder / data[key]).resolve())
+    train = raw.get("train")
+    if isinstance(train, dict):
+        pairs = train.get("preferences")
+        if isinstance(pairs, str):
+            train["preferences"] = str((folder / pairs).resolve())
+        elif isinstance(pairs, dict) and isinstance(pairs.get("file"), str):
+            pairs["file"] = str((folder / pairs["file"]).resolve())
     for section in ("teacher", "student"):
         part = raw.get(section)
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():

@@ -30,7 +30,16 @@ from slmops.pipeline.context import Context
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.search import find_best
 from slmops.pipeline.ship import make_place, package, publish, write_recipe
-from slmops.pipeline.teach import ask_for_answers, check_fits, check_judgeable, make_student, make_teacher, prepare_data
+from slmops.pipeline.teach import (
+    ask_for_answers,
+    check_fits,
+    check_judgeable,
+    check_preferences,
+    make_preferred,
+    make_student,
+    make_teacher,
+    prepare_data,
+)
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Precision, Recipe
 from slmops.store import Store, code_version
@@ -118,6 +127,7 @@ def run_until(
 def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artifact]]]:
     """The stages in their order, each done when it is asked for: its name and what it made."""
     _check(context.recipe)
+    check_preferences(context)
     make_place(folder)
     data = prepare_data(context)
     check_judgeable(context, data)
@@ -137,6 +147,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
         answers = ask_for_answers(context, data, teacher)
     student = make_student(context, "student", answers, taught=True)
     untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
+    student = make_preferred(context, student)
     yield "student", {"student": student}
     report = evaluate(context, data, teacher, student, untaught)
     yield "evaluate", {"report": report}

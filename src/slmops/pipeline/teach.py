@@ -15,6 +15,7 @@ from slmops.models import check_memory, fetch_hub_dataset, model_facts
 from slmops.pipeline.context import Context
 from slmops.recipe import recipe_json
 from slmops.runtime import open_classifier, open_generator
+from slmops.trust import digest_file
 
 ADAPT_KEYS = {"model", "adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
 """What of the teacher's configuration matters for adapting it, and not for asking it."""
@@ -200,7 +201,7 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
     config = {
         "student": recipe_json(recipe)["student"],
         "distill": recipe.distill.model_dump(mode="json") if taught else None,
-        "train": recipe.train.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude={"preferences"}),
     }
     return context.stage(
         name,
@@ -209,6 +210,53 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
         config,
         [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
+    )
+
+
+def check_preferences(context: Context) -> None:
+    """Refuse pairs that cannot be learnt from, before any work is done.
+
+    Raises:
+        MissingExtraError: trl is not installed.
+        DataError: there are none, or a bad one; names the row.
+    """
+    wanted = context.recipe.train.preferences
+    if wanted is None:
+        return
+    from slmops.train.generator.preferences import check_trl, read_pairs
+
+    read_pairs(Path(wanted.file))
+    check_trl()
+
+
+def make_preferred(context: Context, student: Checkpoint) -> Checkpoint:
+    """The student after it has learnt from pairs; itself where the recipe has none."""
+    recipe = context.recipe
+    wanted = recipe.train.preferences
+    if wanted is None:
+        return student
+    from slmops.train.generator.preferences import learn_preferences
+
+    path = Path(wanted.file)
+    return context.stage(
+        "preferred",
+        Checkpoint,
+        {"student": student, "pairs": digest_file(path).sha256},
+        {
+            "preferences": wanted.model_dump(mode="json", exclude={"file"}),
+            "train": recipe.train.model_dump(mode="json", include={"max_tokens", "precision"}),
+        },
+        ["slmops.train.generator.preferences"],
+        lambda draft: learn_preferences(
+            student.path,
+            path,
+            wanted,
+            recipe.train,
+            context.student_messages,
+            recipe.seed,
+            draft,
+            progress=context.progress,
+        ),
     )
 
 
