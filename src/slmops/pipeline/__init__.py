@@ -32,9 +32,9 @@ from slmops.pipeline.search import find_best
 from slmops.pipeline.ship import make_place, package, publish, write_recipe
 from slmops.pipeline.teach import (
     ask_for_answers,
+    check_engines,
     check_fits,
     check_judgeable,
-    check_preferences,
     make_preferred,
     make_student,
     make_teacher,
@@ -127,7 +127,7 @@ def run_until(
 def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artifact]]]:
     """The stages in their order, each done when it is asked for: its name and what it made."""
     _check(context.recipe)
-    check_preferences(context)
+    check_engines(context)
     make_place(folder)
     data = prepare_data(context)
     check_judgeable(context, data)

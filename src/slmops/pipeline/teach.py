@@ -186,6 +186,19 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
             task=name,
             progress=context.progress,
         )
+    elif recipe.train.engine == "olive":
+        from slmops.train.generator.olive import train_with_olive
+
+        build = partial(
+            train_with_olive,
+            answers,
+            model.path,
+            context.student_messages,
+            recipe.train,
+            recipe.seed,
+            task=name,
+            progress=context.progress,
+        )
     else:
         build = partial(
             train_generator_student,
@@ -208,18 +221,29 @@ def make_student(context: Context, name: str, answers: Dataset, *, taught: bool)
         Checkpoint,
         {"answers" if taught else "data": answers, "model": model.digest},
         config,
-        [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
+        ["slmops.train.generator.olive", "slmops.train.generator.olive_child", "slmops.models.olive"]
+        if recipe.train.engine == "olive"
+        else [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
     )
 
 
-def check_preferences(context: Context) -> None:
-    """Refuse pairs that cannot be learnt from, before any work is done.
+def check_engines(context: Context) -> None:
+    """Refuse what cannot be trained with here, and pairs that cannot be learnt from, before any work is done.
 
     Raises:
-        MissingExtraError: trl is not installed.
-        DataError: there are none, or a bad one; names the row.
+        MissingExtraError: olive-ai, trl or optuna is not installed.
+        DataError: there are no pairs, or a bad one; names the row.
     """
+    train = context.recipe.train
+    if train.engine == "olive":
+        from slmops.train.generator.olive import check_olive
+
+        check_olive(quantized=train.method == "qlora")
+    if context.recipe.search is not None:
+        from slmops.train.search import check_optuna
+
+        check_optuna()
     wanted = context.recipe.train.preferences
     if wanted is None:
         return

@@ -73,10 +73,9 @@ def open_search(place: SearchPlace, config: SearchConfig) -> Study:
     Raises:
         MissingExtraError: optuna is not installed.
     """
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise MissingExtraError("A search (it needs optuna)", "search") from None
+    check_optuna()
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place.file.parent.mkdir(parents=True, exist_ok=True)
     with place.asking:  # two processes at once would both make the tables
@@ -91,6 +90,14 @@ def open_search(place: SearchPlace, config: SearchConfig) -> Study:
             load_if_exists=True,
             pruner=_pruner(config),
         )
+
+
+def check_optuna() -> None:
+    """Raises :class:`MissingExtraError` where optuna is not installed. Imports nothing."""
+    from importlib.util import find_spec
+
+    if find_spec("optuna") is None:
+        raise MissingExtraError("A search (it needs optuna)", "search")
 
 
 def _write_ahead(engine: Engine) -> None:
