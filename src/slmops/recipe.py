@@ -252,7 +252,7 @@ class AzureMLConfig(Section):
     compute: str = Field(description="name of a compute cluster")
     computes: dict[str, str] = Field({}, description="stage -> another cluster for it, for example {teacher: gpu}")
     image: str = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:latest"
-    requirement: str = Field("slmops[train]", description="what pip installs there: a package, a wheel, an address")
+    requirement: str = Field("slmops", description="what is installed there: a package, or the path of a wheel here")
     experiment: str | None = Field(None, description="null: the recipe's name")
 
 

@@ -26,6 +26,7 @@ from slmops.compress import export_generator
 from slmops.distill import check_remote_allowed
 from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
+from slmops.pipeline.azureml.job import STAGES
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.search import find_best
@@ -46,8 +47,6 @@ from slmops.store import Store, code_version
 
 __all__ = ["STAGES", "RunResult", "base_variant", "run_recipe", "run_until"]
 
-STAGES = ("data", "teacher", "answers", "search", "student", "evaluate", "package")
-"""Where a run can be stopped."""
 SERVED_MAX_TOKENS = 2048
 
 
