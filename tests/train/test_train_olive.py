@@ -1,4 +1,4 @@
-"""Microsoft Olive as an engine: its LoRA and QLoRA on our tokens, nothing sent, no output an error; its folders as models."""
+"""Microsoft Olive as an engine: its LoRA and QLoRA on our tokens; no output is an error; its folders as models."""
 
 from __future__ import annotations
 
@@ -81,20 +81,27 @@ def test_an_olive_without_output_is_an_error(llama: Path, tmp_path: Path, monkey
     monkeypatch.setattr(engine, "check_olive", lambda quantized: None)
     told = "print('no calibration data'); print('No output model produced.')"
     monkeypatch.setattr(engine, "CHILD", (sys.executable, "-c", told))
-    with pytest.raises(ConversionError, match="ended without an adapter. It said: .*No output model produced"):
+    with pytest.raises(ConversionError, match=r"ended without an adapter. It said: .*No output model produced"):
         train(llama, tmp_path, config())
 
 
 def test_the_child_reaches_this_machine_only() -> None:
-    code = (
-        "import socket, slmops.train.generator.olive_child as child\n"
-        "child.stay_here()\n"
-        "server = socket.create_server(('127.0.0.1', 0))\n"
-        "socket.create_connection(server.getsockname()).close()\n"
-        "for call in (lambda: socket.create_connection(('192.0.2.1', 80), 1), lambda: socket.getaddrinfo('example.com', 80)):\n"
-        "    try:\n        call()\n        print('open')\n    except ConnectionRefusedError as error:\n        print(error)\n"
+    code = """
+import socket
+import slmops.train.generator.olive_child as child
+child.stay_here()
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname()).close()
+for call in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: socket.getaddrinfo("example.com", 80)):
+    try:
+        call()
+        print("open")
+    except ConnectionRefusedError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert done.stdout.splitlines() == ["192.0.2.1 is not this machine", "example.com is not this machine"]
     assert done.stderr.count(REFUSED) == 2
 
@@ -147,7 +154,13 @@ def test_a_missing_olive_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_olive_does_not_train(sections: dict[str, Any], message: str) -> None:
-    raw = {"name": "x", "task": "qa", "data": {"train": "a.csv"}, "student": {"model": "m"}, "train": {"engine": "olive"}}
+    raw = {
+        "name": "x",
+        "task": "qa",
+        "data": {"train": "a.csv"},
+        "student": {"model": "m"},
+        "train": {"engine": "olive"},
+    }
     assert parse_recipe(raw)
     with pytest.raises(RecipeError, match=message):
         parse_recipe({**raw, **sections})
@@ -207,5 +220,5 @@ def test_an_adapter_of_another_model_or_without_weights(llama: Path, tmp_path: P
     with pytest.raises(ModelError, match="does not fit the model"):
         fetch_model(str(tmp_path / "adapter"), cache=tmp_path / "cache")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="has no adapter_model.safetensors"):
+    with pytest.raises(ModelError, match=r"has no adapter_model.safetensors"):
         fetch_model(str(tmp_path / "adapter"), cache=tmp_path / "cache")

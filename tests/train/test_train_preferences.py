@@ -83,9 +83,7 @@ def test_the_margin_of_the_chosen_answers_rises(llama: Path, tmp_path: Path) -> 
     events: list[Progress] = []
     drafts = [make_draft(tmp_path / name) for name in ("one", "two")]
     for draft in drafts:
-        learn_preferences(
-            tmp_path / "student", file, config, train, to_messages, 0, draft, progress=events.append
-        )
+        learn_preferences(tmp_path / "student", file, config, train, to_messages, 0, draft, progress=events.append)
     metrics = drafts[0].metrics
     assert metrics["pairs_held_out"] is True
     assert metrics["pairs"] + metrics["pairs_measured"] == 24

@@ -168,7 +168,7 @@ def test_all_failed_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
     def breaks(values: Mapping[str, Any], observe: Observe) -> Evaluated:
         raise ModelError("The loss became nan at step 3.")
 
-    with pytest.raises(ModelError, match="None of 3 trials .* nan at step 3") as caught:
+    with pytest.raises(ModelError, match=r"None of 3 trials .* nan at step 3") as caught:
         search(tmp_path, config(trials=3), breaks)
     assert "search.space" in (caught.value.remedy or "")
 

@@ -22,7 +22,9 @@ def run(
     until: str | None = typer.Option(
         None, "--until", metavar="STAGE", help="Stop after data, teacher, answers, search, student or evaluate."
     ),
-    on: str | None = typer.Option(None, "--on", metavar="azureml", help="Run there instead of here, and fetch the result."),
+    on: str | None = typer.Option(
+        None, "--on", metavar="azureml", help="Run there instead of here, and fetch the result."
+    ),
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on standard output."),
 ) -> None:

@@ -1,8 +1,8 @@
 """Folders that Olive wrote, and adapters in peft's layout, as models.
 
 Olive's ``finetune`` writes ``adapter/``, ``model_config.json`` and, unless told otherwise, a copy of the base in
-``model/``; what it merged stands in ``model/`` alone. An adapter alone is no model: it is merged into its base (the copy
-beside it, or the one that it names), once, and kept in the cache under the digest of both.
+``model/``; what it merged stands in ``model/`` alone. An adapter alone is no model: it is merged into its base (the
+copy beside it, or the one that it names), once, and kept in the cache under the digest of both.
 
 Not covered: Olive's ONNX outputs.
 """

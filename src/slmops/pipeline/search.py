@@ -78,7 +78,12 @@ def find_best(context: Context, data: Dataset, answers: Dataset, teacher: Checkp
             if config.processes == 1:
                 evaluate = trial_of(context, data, answers, teacher)
                 run_trials(
-                    study, place, config, evaluate, deadline_s=deadline_s, on_trial=lambda: _after(context, study, config)
+                    study,
+                    place,
+                    config,
+                    evaluate,
+                    deadline_s=deadline_s,
+                    on_trial=lambda: _after(context, study, config),
                 )
             else:
                 _run_workers(context, study, config, deadline_s)

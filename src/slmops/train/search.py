@@ -1,9 +1,9 @@
-"""Which values of the searched keys teach best: an Optuna study that outlives kills and is worked on by several processes.
+"""Which values of the searched keys teach best: an Optuna study that outlives kills, for several processes.
 
 Guarantees: a trial that a killed process had under way is done again with the same values, and counts once; with one
-process a search that was stopped proposes what an unbroken one would have (each trial's sampler is seeded by the search's
-seed and the trial's place, and knows the past from the storage); a trial that cannot be trained is noted with its reason
-and does not end the search. What a trial is and how it is trained is the caller's: see :data:`Evaluate`.
+process a search that was stopped proposes what an unbroken one would have (each trial's sampler is seeded by the
+search's seed and the trial's place, and knows the past from the storage); a trial that cannot be trained is noted with
+its reason and does not end the search. What a trial is and how it is trained is the caller's: see :data:`Evaluate`.
 
 Not guaranteed: with several processes, which values are proposed; that depends on who ends first.
 """
@@ -181,8 +181,8 @@ def beaten_places(study: Study) -> Iterator[Path]:
 def summarize(study: Study, config: SearchConfig) -> dict[str, Any]:
     """What a report tells of a search, as plain JSON.
 
-    ``trials``: ``number`` (0-based), ``state`` (complete, pruned, failed), ``values``, ``loss`` (the last one seen, for a
-    pruned trial), ``percent`` of the training done, ``wall_s``, ``error``. ``best``: the number of the best one.
+    ``trials``: ``number`` (0-based), ``state`` (complete, pruned, failed), ``values``, ``loss`` (the last one seen, for
+    a pruned trial), ``percent`` of the training done, ``wall_s``, ``error``. ``best``: the number of the best one.
     ``importances``: key -> share of the differences in loss that it explains; empty below four complete trials.
 
     Raises:
@@ -287,7 +287,9 @@ def _told(number: int, trial: FrozenTrial, config: SearchConfig) -> dict[str, An
     return {
         "number": number,
         "state": {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed"),
-        "values": {key: _as_trained(trial.params[key], config.space[key]) for key in config.space if key in trial.params},
+        "values": {
+            key: _as_trained(trial.params[key], config.space[key]) for key in config.space if key in trial.params
+        },
         "loss": trial.value if trial.value is not None else seen.get(percent),
         "percent": 100 if trial.state.name == "COMPLETE" else percent,
         "wall_s": trial.user_attrs.get(_WALL_S),

@@ -36,7 +36,8 @@ _OPTIONAL: Mapping[str, Any] = {
 def render_report(report: Mapping[str, Any]) -> str:
     """The page of a report as :func:`slmops.evaluate.summary.build_report` makes it.
 
-    ``history``, ``data``, ``currency``, ``classes``, ``confusions`` and ``comparisons`` and ``search`` are shown where they are there.
+    ``history``, ``data``, ``currency``, ``classes``, ``confusions`` and ``comparisons`` and ``search`` are shown where
+    they are there.
 
     Raises:
         KeyError: a key that every report has is missing.

@@ -62,7 +62,9 @@ def search(report: Report) -> SearchPlots | None:
     slices_y = _loss_axis([trial["loss"] for trial in drawn], SLICE_HEIGHT - 38)
     importances = found["importances"]
     keys = sorted(found["values"], key=lambda key: (-importances.get(key, 0.0), key))
-    counts = {state: sum(trial["state"] == state for trial in found["trials"]) for state in ("complete", "pruned", "failed")}
+    counts = {
+        state: sum(trial["state"] == state for trial in found["trials"]) for state in ("complete", "pruned", "failed")
+    }
     return SearchPlots(
         history=_history(drawn, found["best"], y),
         slices=[_slice(key, drawn, found, slices_y) for key in keys],

@@ -1,4 +1,4 @@
-"""A run on Azure ML: the recipe as a pipeline job of the official client, watched from here, its artifacts fetched back.
+"""A run on Azure ML: the recipe as a pipeline job of the official client, watched from here, its artifacts fetched.
 
 ::
 

@@ -1,8 +1,8 @@
 """The official client of Azure ML (azure-ai-ml), asked to run a recipe.
 
-Guarantees: nothing is sent unless the recipe says ``privacy: remote``; the job is validated by the client before anything
-is uploaded; calling again while the job runs, or after it ended well, attaches to it instead of starting another; the
-client's telemetry is off.
+Guarantees: nothing is sent unless the recipe says ``privacy: remote``; the job is validated by the client before
+anything is uploaded; calling again while the job runs, or after it ended well, attaches to it instead of starting
+another; the client's telemetry is off.
 
 Not covered: making workspaces and clusters, and stopping the job: a call that is interrupted leaves it running.
 """
@@ -10,6 +10,7 @@ Not covered: making workspaces and clusters, and stopping the job: a call that i
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ def load_and_validate(path: Path) -> Any:
         RecipeError: the client finds something wrong with it.
     """
     _check_installed()
+    # It warns of its own experimental classes whenever it is imported.
+    logging.getLogger("azure.ai.ml._utils._experimental").setLevel(logging.ERROR)
     from azure.ai.ml import load_job
     from azure.ai.ml.exceptions import ValidationException
     from marshmallow import ValidationError
@@ -174,7 +177,8 @@ def _workspace(config: AzureMLConfig) -> tuple[str, str, str]:
     if missing:
         raise RecipeError(
             f"Which workspace? {' and '.join(missing)} is not known.",
-            remedy="Set azureml.subscription_id, resource_group and workspace, or put the workspace's config.json here.",
+            remedy="Set azureml.subscription_id, resource_group and workspace, or put the workspace's config.json "
+            "here.",
         )
     return str(named["subscription_id"]), str(named["resource_group"]), str(named["workspace_name"])
 

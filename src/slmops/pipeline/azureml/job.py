@@ -1,8 +1,8 @@
 """A recipe as an Azure ML pipeline job: environment, data assets, compute, and one step a stage.
 
-Every step runs ``slmops run recipe.yaml --until STAGE`` on the store that the step before left, so what happens there is
-what happens here. The job is written as the YAML that the official client reads, beside all that it uploads: a folder
-that a person can look at, and submit by hand.
+Every step runs ``slmops run recipe.yaml --until STAGE`` on the store that the step before left, so what happens there
+is what happens here. The job is written as the YAML that the official client reads, beside all that it uploads: a
+folder that a person can look at, and submit by hand.
 
 Not covered: secrets. An API key does not travel; a teacher that needs one cannot be asked from there.
 """

@@ -1,12 +1,12 @@
 """A language model trained by Microsoft Olive: its LoRA or QLoRA pass on our rows, in a process of its own.
 
-The rows become tokens here, by our chat layer, with the loss at the answer's tokens alone; Olive trains adapters on them,
-which are then merged, so that what comes out is a checkpoint like any other.
+The rows become tokens here, by our chat layer, with the loss at the answer's tokens alone; Olive trains adapters on
+them, which are then merged, so that what comes out is a checkpoint like any other.
 
-Guarantees: an Olive that ends without an adapter is an error, with its last words, whatever its exit code; nothing leaves
-the machine (see :mod:`slmops.train.generator.olive_child`); a run that was killed goes on from Olive's last checkpoint.
-Not guaranteed: what ours does about NaN, early stopping and the choice of precision; Olive trains a bfloat16 or float32
-copy of the whole model with a constant learning rate unless told otherwise.
+Guarantees: an Olive that ends without an adapter is an error, with its last words, whatever its exit code; nothing
+leaves the machine (see :mod:`slmops.train.generator.olive_child`); a run that was killed goes on from Olive's last
+checkpoint. Not guaranteed: what ours does about NaN, early stopping and the choice of precision; Olive trains a
+bfloat16 or float32 copy of the whole model with a constant learning rate unless told otherwise.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def train_with_olive(
     draft.metrics["engine"] = "olive"
 
 
-def pass_options(
-    train: TrainConfig, *, steps: int, seed: int, checkpoints: Path, linear: list[str]
-) -> dict[str, Any]:
+def pass_options(train: TrainConfig, *, steps: int, seed: int, checkpoints: Path, linear: list[str]) -> dict[str, Any]:
     """The recipe in Olive's words. Pure. ``linear``: what ``all-linear`` means for this model."""
     rank = train.lora.rank
     each = max(1, min(train.checkpoint_every_steps, steps))

@@ -1,11 +1,11 @@
 """The child process that runs Olive's LoRA or QLoRA: ``python -m slmops.train.generator.olive_child REQUEST.json``.
 
-The request: ``{"model", "train_rows", "validation_rows", "output", "pass": "LoRA" | "QLoRA", "options": {...}}``; rows are
-jsonl with ``input_ids`` and ``labels``. Exit code 0 says only that Olive came to its end: the caller looks at what was
-written.
+The request: ``{"model", "train_rows", "validation_rows", "output", "pass": "LoRA" | "QLoRA", "options": {...}}``; rows
+are jsonl with ``input_ids`` and ``labels``. Exit code 0 says only that Olive came to its end: the caller looks at what
+was written.
 
-Nothing leaves the machine: Olive sends a heartbeat before it reads ``OLIVE_DISABLE_TELEMETRY``, so the sending itself is
-taken out before anything of it runs, and a connection to anywhere else is refused whoever asks for it.
+Nothing leaves the machine: Olive sends a heartbeat before it reads ``OLIVE_DISABLE_TELEMETRY``, so the sending itself
+is taken out before anything of it runs, and a connection to anywhere else is refused whoever asks for it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def workflow(request: dict[str, Any]) -> dict[str, Any]:
         },
         "host": "here",
         "target": "here",
-        "data_configs": [data("train_rows", request["train_rows"]), data("validation_rows", request["validation_rows"])],
+        "data_configs": [
+            data("train_rows", request["train_rows"]),
+            data("validation_rows", request["validation_rows"]),
+        ],
         "passes": {
             "finetune": {
                 "type": request["pass"],

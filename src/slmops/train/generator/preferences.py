@@ -1,8 +1,8 @@
 """Learning from pairs of answers of which one is better: direct preference optimization, through trl's DPOTrainer.
 
 Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model": the loss is
-``-log sigmoid(beta * ((log p(chosen) - log p0(chosen)) - (log p(rejected) - log p0(rejected))))``, where p0 is the model
-before. Prompts and answers become tokens by our chat layer, so that what is learnt is what the model is asked in.
+``-log sigmoid(beta * ((log p(chosen) - log p0(chosen)) - (log p(rejected) - log p0(rejected))))``, where p0 is the
+model before. Prompts and answers become tokens by our chat layer, so that what is learnt is what the model is asked in.
 
 Guarantees: bad pairs are named by row before a model is loaded; a run that was killed goes on from its last checkpoint;
 the margins before and after are in the metrics, on pairs held out of the training where there are enough
@@ -159,9 +159,7 @@ def mean_margin(model: Any, pairs: Sequence[EncodedPair]) -> dict[str, float]:
     margins = []
     with torch.no_grad():
         for pair in pairs:
-            chosen, rejected = (
-                _log_probability(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
-            )
+            chosen, rejected = (_log_probability(model, pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
             margins.append(chosen - rejected)
     return {
         "margin": sum(margins) / len(margins),
