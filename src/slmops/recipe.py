@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from slmops.errors import RecipeError
 
@@ -320,9 +320,27 @@ class ForgettingConfig(Section):
     max_rows: Annotated[int, Field(gt=0)] = 200
 
 
+class PreferencesConfig(Section):
+    """Pairs of answers of which one is better, learnt after the training (DPO, Rafailov et al. 2023; open tasks)."""
+
+    file: str = Field(description="jsonl: {prompt or messages, chosen, rejected}")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how much moving away from the model before costs")
+    epochs: Annotated[float, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    batch_size: Annotated[int, Field(gt=0)] = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_a_path(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, str) else value
+
+
 class TrainConfig(Section):
     """How a model is trained: the student of a run, and the model of ``slmops train``."""
 
+    engine: Literal["slmops", "olive"] = Field(
+        "slmops", description="olive: LoRA or QLoRA by Microsoft Olive, for a student.model on an open task"
+    )
     method: Literal["full", "lora", "qlora", "bottleneck"] | None = Field(
         None, description="null: full for students and closed label sets, LoRA for a whole model on an open task"
     )
@@ -354,6 +372,48 @@ class TrainConfig(Section):
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = Field((), description="where the curves also go")
     tracking_folder: str | None = Field(None, description="null: tracking/NAME in the store")
     processes: Annotated[int, Field(gt=0, le=64)] = Field(1, description="that train together on this machine")
+    preferences: PreferencesConfig | None = Field(None, description="a file of pairs, or a section; null: none")
+
+
+class Range(Section):
+    """Numbers between two ends, both included: whole ones where both ends are. ``log``: evenly in their logarithm."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: Annotated[int | float, Field(gt=0)] | None = Field(None, description="only low, low + step, …; not with log")
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+Choices = tuple[bool | int | float | str | None, ...]
+"""Values of which one is taken."""
+
+
+def _tag_of_values(values: Any) -> str:
+    return "range" if isinstance(values, dict | Range) else "choices"
+
+
+Values = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_tag_of_values)]
+
+
+class SearchConfig(Section):
+    """Which keys of student, distill and train are searched, and how. The measure is the student's validation loss."""
+
+    space: Annotated[dict[str, Values], Field(min_length=1)] = Field(
+        description="recipe key -> {low, high, log, step}, or a list to choose from"
+    )
+    trials: Annotated[int, Field(gt=0)] = 20
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = Field(
+        "median", description="which trials are stopped early; they are looked at every train.checkpoint_every_steps"
+    )
+    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="no new trial is begun after this; run again, and the search goes on"
+    )
+    processes: Annotated[int, Field(gt=0, le=64)] = Field(1, description="trials at once, each in its own process")
 
 
 class CompressConfig(Section):
@@ -381,6 +441,19 @@ class EvaluateConfig(Section):
     currency: str = "USD"
 
 
+class AzureMLConfig(Section):
+    """Where ``slmops run --on azureml`` runs. What is null comes from the ``config.json`` of an Azure ML workspace."""
+
+    subscription_id: str | None = None
+    resource_group: str | None = None
+    workspace: str | None = None
+    compute: str = Field(description="name of a compute cluster")
+    computes: dict[str, str] = Field({}, description="stage -> another cluster for it, for example {teacher: gpu}")
+    image: str = "mcr.microsoft.com/azureml/openmpi4.1.0-ubuntu22.04:latest"
+    requirement: str = Field("slmops", description="what is installed there: a package, or the path of a wheel here")
+    experiment: str | None = Field(None, description="null: the recipe's name")
+
+
 class BudgetConfig(Section):
     """What the device can hold. None: no limit."""
 
@@ -400,6 +473,14 @@ class GatesConfig(Section):
     )
 
 
+OLIVE_KNOWS = frozenset(
+    {"engine", "method", "lora", "epochs", "learning_rate", "batch_size", "max_tokens", "precision"}
+    | {"checkpoint_every_steps", "preferences"}
+)
+"""Keys of ``train`` that reach Olive."""
+OLIVE_LORA = frozenset({"rank", "alpha", "dropout", "targets"})
+
+
 class Recipe(Section):
     """A whole run: data → teacher → student → compress → evaluate → package."""
 
@@ -413,9 +494,11 @@ class Recipe(Section):
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
+    search: SearchConfig | None = Field(None, description="null: train as written above")
     compress: CompressConfig = CompressConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
+    azureml: AzureMLConfig | None = Field(None, description="where --on azureml runs")
     gates: GatesConfig = GatesConfig()
     privacy: Literal["local", "remote"] = Field(
         "local", description="local: rows never leave this machine; remote: a remote teacher may read them"
@@ -443,8 +526,28 @@ class Recipe(Section):
             raise ValueError(
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
             )
+        if self.train.preferences and self.closed:
+            raise ValueError(
+                f"train.preferences is for open tasks, and the answers of {self.task} are labels out of a fixed set"
+            )
+        if self.train.engine == "olive":
+            if self.closed or self.student.model is None:
+                raise ValueError(
+                    "train.engine is olive, which trains adapters of a whole language model: it needs an open task and "
+                    "a student.model"
+                )
+            self._check_olive()
         self._check_teacher()
         return self
+
+    def _check_olive(self) -> None:
+        """Refuse what does not reach Olive, instead of leaving it out in silence."""
+        if self.train.method not in (None, "lora", "qlora"):
+            raise ValueError(f"train.engine is olive, which does not train with train.method {self.train.method}")
+        for section, prefix, known in ((self.train, "train", OLIVE_KNOWS), (self.train.lora, "train.lora", OLIVE_LORA)):
+            for key, field in type(section).model_fields.items():
+                if key not in known and getattr(section, key) != field.default:
+                    raise ValueError(f"train.engine is olive, and {prefix}.{key} is set, which does not reach Olive")
 
     def _check_teacher(self) -> None:
         """What is asked of the teacher that this task or this kind of teacher does not have."""
@@ -479,6 +582,8 @@ class Recipe(Section):
 # --- reading ----------------------------------------------------------------------------------------------------
 
 _Location = tuple[str | int, ...]
+_TAGS = frozenset({"range", "choices"})
+"""What pydantic puts into a location to say which of several types it tried."""
 _TEMPLATES: frozenset[_Location] = frozenset({("data", "input"), ("data", "target")})
 """Texts that start with a brace, which YAML takes for a mapping where they are not quoted."""
 
@@ -548,17 +653,89 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
         train[key] = train[key] and Path(train[key]).name
     if train["forgetting"]:
         train["forgetting"]["data"] = Path(train["forgetting"]["data"]).name
+    if raw["train"]["preferences"]:
+        raw["train"]["preferences"]["file"] = Path(raw["train"]["preferences"]["file"]).name
     return raw
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with the keys of ``values`` (``"train.learning_rate"``) changed, and without its search.
+
+    Raises:
+        RecipeError: there is no such key, or it does not take this value.
+    """
+    raw = recipe_json(recipe)
+    raw["search"] = None
+    for name, value in values.items():
+        section: Any = raw
+        *parents, last = name.split(".")
+        for number, parent in enumerate(parents):
+            if not isinstance(section.get(parent), dict):
+                raise RecipeError(f"Unknown key {'.'.join(parents[: number + 1])}.")
+            section = section[parent]
+        section[last] = value
+    return _validate(raw, path=None, lines={})
+
+
+SEARCHED = ("student", "distill", "train")
+_NOT_COMPARABLE = {
+    "train.max_tokens": "it changes what the validation loss is measured on",
+    "train.preferences": "the validation loss is taken before the preferences are learnt",
+}
+_NOT_COMPARABLE_OPEN = {
+    "student.model": "losses by token of different tokenizers do not compare",
+    "student.vocabulary": "losses by token of different tokenizers do not compare",
+}
+
+
+def _space_problem(recipe: Recipe) -> tuple[str, str, str | None] | None:
+    """Key, message and remedy of the first part of the search space that cannot be searched."""
+    excluded = _NOT_COMPARABLE | ({} if recipe.closed else _NOT_COMPARABLE_OPEN)
+    for key, values in recipe.search.space.items() if recipe.search else ():
+        name = f"search.space.{key}"
+        if key.split(".")[0] not in SEARCHED or "." not in key:
+            return key, f"{name} cannot be searched.", f"Keys of these sections can: {', '.join(SEARCHED)}."
+        for closed_to, why in excluded.items():
+            if f"{key}.".startswith(f"{closed_to}."):
+                return key, f"{name} cannot be searched: {why}.", None
+        if isinstance(values, Range):
+            if problem := _range_problem(values):
+                return key, f"{name}: {problem}.", None
+            tried: tuple[Any, ...] = (values.low, values.high)
+        else:
+            if len(set(map(repr, values))) < max(2, len(values)):
+                return key, f"{name} is {list(values)}: it needs two or more different values.", None
+            tried = values
+        for value in tried:
+            try:
+                with_values(recipe, {key: value})
+            except RecipeError as error:
+                return key, f"{name} cannot be {value!r}. {error.message}", error.remedy
+    return None
+
+
+def _range_problem(values: Range) -> str | None:
+    if not values.low < values.high:
+        return f"low is {values.low} and high is {values.high}; low must be less"
+    if values.log and values.low <= 0:
+        return f"low is {values.low}, and a logarithm needs more than 0"
+    if values.step is not None and values.log:
+        return f"step is {values.step}, which does not go with log"
+    if values.step is not None and values.step > values.high - values.low:
+        return f"step is {values.step}, which is more than lies between {values.low} and {values.high}"
+    if values.step is not None and values.whole and not isinstance(values.step, int):
+        return f"step is {values.step}, but both ends are whole numbers"
+    return None
 
 
 def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Location, int]) -> Recipe:
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
         # A misspelled key is unknown, and the right one missing: the former says more.
         first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-        location: _Location = tuple(first["loc"])
+        location: _Location = tuple(part for part in first["loc"] if part not in _TAGS)
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise RecipeError(
             _describe(first, location) + more,
@@ -566,6 +743,10 @@ def _validate(raw: dict[str, Any], *, path: Path | None, lines: Mapping[_Locatio
             line=_line_of(location, lines),
             remedy=_remedy(first, location),
         ) from None
+    if problem := _space_problem(recipe):
+        key, message, remedy = problem
+        raise RecipeError(message, path=path, line=_line_of(("search", "space", key), lines), remedy=remedy)
+    return recipe
 
 
 def _describe(problem: Mapping[str, Any], location: _Location) -> str:
@@ -583,7 +764,7 @@ def _describe(problem: Mapping[str, Any], location: _Location) -> str:
 
 def _remedy(problem: Mapping[str, Any], location: _Location) -> str | None:
     if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
+        section = Range if "range" in problem["loc"] else _section_at(location[:-1])
         known = [field.alias or name for name, field in section.model_fields.items()]
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
@@ -642,6 +823,11 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
             train["tracking_folder"] = str((folder / train["tracking_folder"]).resolve())
         if isinstance(train.get("forgetting"), dict) and isinstance(train["forgetting"].get("data"), str):
             train["forgetting"]["data"] = str((folder / train["forgetting"]["data"]).resolve())
+        pairs = train.get("preferences")
+        if isinstance(pairs, str):
+            train["preferences"] = str((folder / pairs).resolve())
+        elif isinstance(pairs, dict) and isinstance(pairs.get("file"), str):
+            pairs["file"] = str((folder / pairs["file"]).resolve())
     teachers = [part for name in ("teacher", "teachers") for part in _as_list(raw.get(name))]
     for part in (*teachers, raw.get("student")):
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():

@@ -19,6 +19,12 @@ def run(
     ),
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
     out: Path | None = typer.Option(None, "--out", help="Where report and bundle go; default: runs/NAME in the store."),
+    until: str | None = typer.Option(
+        None, "--until", metavar="STAGE", help="Stop after data, teacher, answers, search, student or evaluate."
+    ),
+    on: str | None = typer.Option(
+        None, "--on", metavar="azureml", help="Run there instead of here, and fetch the result."
+    ),
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on standard output."),
 ) -> None:
@@ -30,7 +36,55 @@ def run(
     """
     from slmops.recipe import load_recipe
 
-    raise typer.Exit(run_and_show(load_recipe(recipe, overrides), store, out, offline=offline, as_json=as_json))
+    loaded = load_recipe(recipe, overrides)
+    if on is not None:
+        raise typer.Exit(run_elsewhere(loaded, store, out, on, until=until, as_json=as_json))
+    if until is not None:
+        run_part(loaded, store, out, until, offline=offline, as_json=as_json)
+        return
+    raise typer.Exit(run_and_show(loaded, store, out, offline=offline, as_json=as_json))
+
+
+def run_elsewhere(recipe: Recipe, store: Path, out: Path | None, on: str, *, until: str | None, as_json: bool) -> int:
+    """Run ``recipe`` on Azure ML, show the result, and give the exit code."""
+    from slmops.cli.render import print_json, progress_bars
+    from slmops.errors import MissingExtraError, UsageError
+    from slmops.store import Store
+
+    if on != "azureml":
+        raise UsageError(f"--on is {on!r}.", remedy="The one place so far is azureml.")
+    if until is not None:
+        raise UsageError("--until does not go with --on.", remedy="Run the first stages here, or all of them there.")
+    try:
+        from slmops.pipeline.azureml import run_on_azureml
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"slmops run (it needs {error.name})", "train") from None
+    with Store.open(store) as opened, progress_bars() as progress:
+        result = run_on_azureml(recipe, opened, out=out, progress=progress)
+    if as_json:
+        print_json(result.report)
+    else:
+        show_report(result.report, result.folder, reused=False)
+    return 0 if result.passed else 1
+
+
+def run_part(recipe: Recipe, store: Path, out: Path | None, until: str, *, offline: bool, as_json: bool) -> None:
+    """Run ``recipe`` up to a stage, and show where what it made is."""
+    from slmops.cli.render import print_json, progress_bars
+    from slmops.errors import MissingExtraError
+    from slmops.store import Store
+
+    try:
+        from slmops.pipeline import run_until
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"slmops run (it needs {error.name})", "train") from None
+    with Store.open(store) as opened, progress_bars() as progress:
+        made = run_until(recipe, opened, until, out=out, offline=offline, progress=progress)
+    if as_json:
+        print_json({name: {"path": str(found.path), "digest": found.digest} for name, found in made.items()})
+    else:
+        for name, found in made.items():
+            typer.echo(f"{name}: {found.path}")
 
 
 def run_and_show(recipe: Recipe, store: Path, out: Path | None, *, offline: bool, as_json: bool) -> int:

@@ -9,6 +9,7 @@ import yaml
 from slmops.errors import ModelError, ModelNotFoundError
 from slmops.models.cache import cache_root, cached_digests, model_files
 from slmops.models.folder import check_model_folder
+from slmops.models.olive import whole_model
 from slmops.models.sources import LocalModel, parse_source
 from slmops.progress import ProgressSink, ignore
 from slmops.trust import tree_digest
@@ -17,7 +18,8 @@ from slmops.trust import tree_digest
 def fetch_model(
     source: str, *, cache: Path | None = None, offline: bool = False, progress: ProgressSink = ignore
 ) -> LocalModel:
-    """The model that ``source`` names, as a checked folder on this machine. GGUF files are converted to fp32.
+    """The model that ``source`` names, as a checked folder on this machine. GGUF files are converted to
+    fp32; an adapter, such as Olive writes, is merged into its base.
 
     ``cache``    where fetched and converted models are kept; None: ``$SLMOPS_CACHE`` or ``~/.cache/slmops``
     ``offline``  use what is there; make no request
@@ -51,7 +53,8 @@ def fetch_model(
 def _local(
     path: Path, source: str, revision: str | None, license_name: str | None, root: Path, progress: ProgressSink
 ) -> LocalModel:
-    """Check what is at ``path``, convert it if it is a GGUF, and describe it."""
+    """Check what is at ``path``, convert it if it is a GGUF, merge it if it is an adapter, and describe it."""
+    path = whole_model(path, root)
     gguf = _gguf_at(path)
     if gguf is not None:
         from slmops.models.gguf import checkpoint_of_gguf

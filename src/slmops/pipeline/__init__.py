@@ -7,6 +7,7 @@ and no more.
 ::
 
     teach   data, teacher, answers, student
+    search  which values of the student's keys are best, where the recipe asks
     prove   export, score, measure, judge
     ship    bundle, and the folder where a person finds it
 """
@@ -15,26 +16,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import Bundle, Dataset, Variant
+from slmops.artifacts import Artifact, Bundle, Dataset, Report, Variant
 from slmops.compress import export_generator
 from slmops.distill import Estimate, check_remote_allowed
-from slmops.errors import RecipeError
+from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
+from slmops.pipeline.azureml.job import STAGES
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import evaluate
-from slmops.pipeline.ship import make_place, package, publish
+from slmops.pipeline.search import find_best
+from slmops.pipeline.ship import make_place, package, publish, write_recipe
 from slmops.pipeline.teach import (
     ask_for_answers,
+    check_engines,
     check_fits,
     check_judgeable,
     check_signals,
     estimate_answers,
     impossible_signals,
+    make_preferred,
     make_student,
     make_teacher,
     prepare_data,
@@ -43,7 +48,7 @@ from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Precision, Recipe
 from slmops.store import Store, code_version
 
-__all__ = ["RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe"]
+__all__ = ["STAGES", "RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe", "run_until"]
 
 SERVED_MAX_TOKENS = 2048
 TRAIN_ONLY = ("method", "loss", "forgetting", "trackers", "processes", "checkpoint_activations")
@@ -82,18 +87,10 @@ def run_recipe(
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     context = Context(recipe, store, offline, progress)
     folder = out or store.root / "runs" / recipe.name
-    _check(recipe)
-    make_place(folder)
-    data = prepare_data(context)
-    check_judgeable(context, data)
-    check_fits(context)
-    check_signals(context)
-    teacher = make_teacher(context, data)
-    answers = ask_for_answers(context, data, teacher)
-    student = make_student(context, "student", answers, taught=True, teacher=teacher, data=data)
-    untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
-    report = evaluate(context, data, teacher, student, untaught)
-    bundle = package(context, report, data, teacher, student)
+    made: dict[str, Artifact] = {}
+    for _, artifacts in _walk(context, folder):
+        made |= artifacts
+    report, bundle = Report.open(made["report"].path), Bundle.open(made["bundle"].path)
     publish(context, folder, report, bundle)
     content = json.loads((folder / "report.json").read_text("utf-8"))
     outcome = "passed" if content["passed"] else "gate failed"
@@ -132,6 +129,67 @@ def estimate_recipe(
     context = Context(recipe, store, offline, progress)
     _check(recipe)
     return estimate_answers(context, prepare_data(context))
+
+
+def run_until(
+    recipe: Recipe,
+    store: Store,
+    stage: str,
+    *,
+    out: Path | None = None,
+    offline: bool = False,
+    progress: ProgressSink = ignore,
+) -> dict[str, Artifact]:
+    """Do what ``recipe`` asks for up to ``stage`` (one of :data:`STAGES`), and no more; what was made, by name.
+
+    A later call goes on from there. A stage that the recipe does not have is the end of those before it.
+
+    Raises:
+        UsageError: there is no such stage.
+        SlmopsError: as :func:`run_recipe`.
+    """
+    if stage not in STAGES:
+        raise UsageError(f"There is no stage {stage!r}.", remedy=f"Choose one of {', '.join(STAGES)}.")
+    context = Context(recipe, store, offline, progress)
+    made: dict[str, Artifact] = {}
+    for name, artifacts in _walk(context, out or store.root / "runs" / recipe.name):
+        if STAGES.index(name) > STAGES.index(stage):
+            break
+        made |= artifacts
+        if name == stage:
+            break
+    return made
+
+
+def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artifact]]]:
+    """The stages in their order, each done when it is asked for: its name and what it made."""
+    _check(context.recipe)
+    check_engines(context)
+    make_place(folder)
+    data = prepare_data(context)
+    check_judgeable(context, data)
+    check_fits(context)
+    check_signals(context)
+    yield "data", {"data": data}
+    teacher = make_teacher(context, data)
+    yield "teacher", {} if teacher is None else {"teacher": teacher}
+    answers = ask_for_answers(context, data, teacher)
+    yield "answers", {"answers": answers}
+    if context.recipe.search is not None:
+        found = find_best(context, data, answers, teacher)
+        context.go_on_with(found.recipe)
+        context.search, context.wall_s["search"] = found.summary, found.wall_s
+        context.reused &= found.reused
+        write_recipe(found.recipe, folder / "best.yaml")
+        yield "search", {}
+        answers = ask_for_answers(context, data, teacher)
+    student = make_student(context, "student", answers, taught=True, teacher=teacher, data=data)
+    untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
+    student = make_preferred(context, student)
+    yield "student", {"student": student}
+    report = evaluate(context, data, teacher, student, untaught)
+    yield "evaluate", {"report": report}
+    yield "package", {"report": report, "bundle": package(context, report, data, teacher, student)}
 
 
 def base_variant(
@@ -176,6 +234,8 @@ def _check(recipe: Recipe) -> None:
         raise problem
     for key in TRAIN_ONLY:
         value = getattr(recipe.train, key)
+        if key == "method" and recipe.train.engine == "olive":
+            continue
         if value != type(recipe.train).model_fields[key].default and (key, value) != ("method", "full"):
             shown = value if isinstance(value, str | int) else "set"
             raise RecipeError(

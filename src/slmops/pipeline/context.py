@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from slmops.artifacts import Artifact, Dataset, Draft, Message, Row
 from slmops.data.redact import redact
@@ -22,7 +22,11 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass
 class Context:
-    """One run of one recipe. ``wall_s``: stage -> seconds it took when it was done; ``reused``: all were found done."""
+    """One run of one recipe.
+
+    ``wall_s``: stage -> seconds it took when it was done; ``reused``: all were found done; ``search``: what the search
+    found out, for the report.
+    """
 
     recipe: Recipe
     store: Store
@@ -30,6 +34,12 @@ class Context:
     progress: ProgressSink
     wall_s: dict[str, float] = field(default_factory=dict)
     reused: bool = True
+    search: Mapping[str, Any] | None = None
+
+    def go_on_with(self, recipe: Recipe) -> None:
+        """From here on ``recipe``, which differs in student, distill and train at most."""
+        self.recipe = recipe
+        self.__dict__.pop("named_student", None)
 
     def stage(
         self,

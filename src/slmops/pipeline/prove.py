@@ -63,6 +63,8 @@ def evaluate(
     inputs["measurements"] = digest_json({name: one.candidate.measurement.to_json() for name, one in measured.items()})
     inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
     inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
+    if context.search is not None:
+        inputs["search"] = digest_json(dict(context.search))
 
     def build(draft: Draft) -> None:
         content = {**_judge(context, teacher_entry, measured, baselines, data), "history": histories}
@@ -356,7 +358,12 @@ def _judge(
             f"student_vs_{name}": compare(rival.scores.per_row, chosen.scores.per_row, seed=recipe.seed)
             for name, rival in rivals.items()
         },
-        extra={"data": data.summary, "currency": recipe.evaluate.currency, "seed": recipe.seed},
+        extra={
+            "data": data.summary,
+            "currency": recipe.evaluate.currency,
+            "seed": recipe.seed,
+            **({} if context.search is None else {"search": context.search}),
+        },
     )
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from slmops.artifacts import Bundle, Checkpoint, Dataset, Report
 from slmops.errors import StorageError
 from slmops.package import build_bundle
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import exported
-from slmops.recipe import portable_recipe
+from slmops.recipe import Recipe, portable_recipe
 
 
 def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> Bundle:
@@ -50,6 +52,17 @@ def make_place(out: Path) -> None:
     """
     with _at(out):
         out.mkdir(parents=True, exist_ok=True)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """``recipe`` as a file that ``slmops run`` takes; what is at its default is left out.
+
+    Raises:
+        StorageError: the disk would not take it.
+    """
+    raw = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    with _at(path.parent):
+        _replace_text(path, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
 
 
 def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None:

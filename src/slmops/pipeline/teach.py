@@ -30,9 +30,11 @@ from slmops.models import check_memory, fetch_hub_dataset, model_facts
 from slmops.pipeline.context import Context
 from slmops.recipe import DISTRIBUTION_LOSSES, Recipe, recipe_json
 from slmops.runtime import open_classifier, open_generator
+from slmops.trust import digest_file
 
 ADAPT_KEYS = {"model", "adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
 """What of the teacher's configuration matters for adapting it, and not for asking it."""
+OLIVE_CODE = ["slmops.train.generator.olive", "slmops.train.generator.olive_child", "slmops.models.olive"]
 ANSWERS_FOLDER = "answers"
 MEANS_KEYS = {
     "api_key_env",
@@ -396,6 +398,19 @@ def make_student(
             task=name,
             progress=context.progress,
         )
+    elif recipe.train.engine == "olive":
+        from slmops.train.generator.olive import train_with_olive
+
+        build = partial(
+            train_with_olive,
+            answers,
+            model.path,
+            context.student_messages,
+            recipe.train,
+            recipe.seed,
+            task=name,
+            progress=context.progress,
+        )
     else:
         distill = recipe.distill if taught and teacher is not None else None
         signals: list[Signals] = []
@@ -424,20 +439,78 @@ def make_student(
     config = {
         "student": recipe_json(recipe)["student"],
         "distill": recipe.distill.model_dump(mode="json") if taught else None,
-        "train": recipe.train.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude={"preferences"}),
     }
     return context.stage(
         name,
         Checkpoint,
         inputs,
         config,
-        [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
+        OLIVE_CODE
+        if recipe.train.engine == "olive"
+        else [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
     )
 
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
+
+
+def check_engines(context: Context) -> None:
+    """Refuse what cannot be trained with here, and pairs that cannot be learnt from, before any work is done.
+
+    Raises:
+        MissingExtraError: olive-ai, trl or optuna is not installed.
+        DataError: there are no pairs, or a bad one; names the row.
+    """
+    train = context.recipe.train
+    if train.engine == "olive":
+        from slmops.train.generator.olive import check_olive
+
+        check_olive(quantized=train.method == "qlora")
+    if context.recipe.search is not None:
+        from slmops.train.search import check_optuna
+
+        check_optuna()
+    wanted = context.recipe.train.preferences
+    if wanted is None:
+        return
+    from slmops.train.generator.preferences import check_trl, read_pairs
+
+    read_pairs(Path(wanted.file))
+    check_trl()
+
+
+def make_preferred(context: Context, student: Checkpoint) -> Checkpoint:
+    """The student after it has learnt from pairs; itself where the recipe has none."""
+    recipe = context.recipe
+    wanted = recipe.train.preferences
+    if wanted is None:
+        return student
+    from slmops.train.generator.preferences import learn_preferences
+
+    path = Path(wanted.file)
+    return context.stage(
+        "preferred",
+        Checkpoint,
+        {"student": student, "pairs": digest_file(path).sha256},
+        {
+            "preferences": wanted.model_dump(mode="json", exclude={"file"}),
+            "train": recipe.train.model_dump(mode="json", include={"max_tokens", "precision"}),
+        },
+        ["slmops.train.generator.preferences"],
+        lambda draft: learn_preferences(
+            student.path,
+            path,
+            wanted,
+            recipe.train,
+            context.student_messages,
+            recipe.seed,
+            draft,
+            progress=context.progress,
+        ),
+    )
 
 
 def _copy_model(source: Path, draft: Draft) -> None:

@@ -12,7 +12,7 @@ from slmops.artifacts import Artifact, Checkpoint, Draft
 from slmops.distill import student_messages
 from slmops.errors import RecipeError
 from slmops.pipeline.context import Context
-from slmops.pipeline.teach import prepare_data
+from slmops.pipeline.teach import OLIVE_CODE, check_engines, make_preferred, prepare_data
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Recipe
 from slmops.store import Store
@@ -21,8 +21,8 @@ from slmops.trust import digest_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOT_IN_THE_RESULT = {"loss", "trackers", "tracking_folder", "processes"}
-"""What of ``train`` does not decide what is learnt (the loss counts by its file's contents)."""
+NOT_IN_THE_RESULT = {"loss", "trackers", "tracking_folder", "processes", "preferences"}
+"""What of ``train`` does not decide what is learnt (the loss counts by its file's contents; pairs are learnt after)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ def train_recipe(
     if recipe.data.target is None and recipe.data.messages is None:
         raise RecipeError("data.target is null: there are no gold answers to train on.", remedy="Name their column.")
     context = Context(recipe, store, offline, progress)
+    check_engines(context)
+    if recipe.train.engine == "olive" and loss is not None:
+        raise RecipeError("train.engine is olive, which takes no loss of yours.", remedy="Leave one of both out.")
     data = prepare_data(context)
     model = context.named_student or context.base
     train = recipe.train
@@ -71,6 +74,20 @@ def train_recipe(
     settings = train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
     if settings["forgetting"]:
         del settings["forgetting"]["data"]
+
+    def build_with_olive(draft: Draft) -> None:
+        from slmops.train.generator.olive import train_with_olive
+
+        train_with_olive(
+            data,
+            model.path,
+            context.student_messages,
+            train,
+            recipe.seed,
+            draft,
+            task=recipe.name,
+            progress=progress,
+        )
 
     def build(draft: Draft) -> None:
         job = FinetuneJob(
@@ -93,9 +110,12 @@ def train_recipe(
         Checkpoint,
         inputs,
         {"train": settings},
-        ["slmops.train.finetune", "slmops.models.classifier", "slmops.models.bottleneck"],
-        build,
+        OLIVE_CODE
+        if train.engine == "olive"
+        else ["slmops.train.finetune", "slmops.models.classifier", "slmops.models.bottleneck"],
+        build_with_olive if train.engine == "olive" else build,
     )
+    checkpoint = make_preferred(context, checkpoint)
     return TrainResult(checkpoint, "finetuned" in context.wall_s and context.reused)
 
 

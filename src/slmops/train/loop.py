@@ -326,6 +326,17 @@ class _Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         if due and state.global_step < self.config.steps:
             control.should_save = True
 
+    def on_evaluate(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        figures = {name.replace("eval_", "validation_", 1): value for name, value in (metrics or {}).items()}
+        self.progress(Progress(self.task, state.global_step, self.config.steps, "steps", self.note, figures))
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.saved_at = time.monotonic()
 

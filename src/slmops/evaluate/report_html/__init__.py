@@ -9,6 +9,7 @@ Not covered: keys that a later version of the report may add. ::
     words   numbers, units and keys as a person reads them
     figures the four large figures, rows of tables
     charts  where dots, lines and labels of the plots lie
+    search_charts   the same for a search: its history, importances, slices
     *.jinja the page
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from slmops.evaluate.report_html import charts, figures, words
+from slmops.evaluate.report_html import charts, figures, search_charts, words
 
 _OPTIONAL: Mapping[str, Any] = {
     "data": None,
@@ -28,13 +29,15 @@ _OPTIONAL: Mapping[str, Any] = {
     "seed": None,
     "classes": (),
     "confusions": (),
+    "search": None,
 }
 
 
 def render_report(report: Mapping[str, Any]) -> str:
     """The page of a report as :func:`slmops.evaluate.summary.build_report` makes it.
 
-    ``history``, ``data``, ``currency``, ``classes``, ``confusions`` and ``comparisons`` are shown where they are there.
+    ``history``, ``data``, ``currency``, ``classes``, ``confusions`` and ``comparisons`` and ``search`` are shown where
+    they are there.
 
     Raises:
         KeyError: a key that every report has is missing.
@@ -53,6 +56,7 @@ def render_report(report: Mapping[str, Any]) -> str:
             tradeoff=charts.tradeoff(report),
             latency=charts.latency(report),
             losses=charts.losses(report),
+            search=search_charts.search(report),
         )
     )
 
