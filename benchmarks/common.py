@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from slmops.artifacts import Row
 from slmops.pipeline import run_recipe
 from slmops.progress import Progress
 from slmops.recipe import Recipe, parse_recipe
+from slmops.runtime import open_classifier
 from slmops.store import Store
 
 LOG_EVERY_S = 15.0
@@ -50,6 +52,18 @@ def log() -> Any:
             )
 
     return sink
+
+
+def say(line: str) -> None:
+    """A line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def classified_right(model: Path, rows: Sequence[Row]) -> list[float]:
+    """1 for each row whose label the classifier at ``model`` finds, else 0."""
+    classifier = open_classifier(model)
+    best = classifier.probabilities([row.text for row in rows]).argmax(axis=1)
+    return [float(classifier.labels[label] == row.target) for label, row in zip(best, rows, strict=True)]
 
 
 def mean(values: Iterable[float]) -> float:

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import data_file, log, mean
+from benchmarks.common import classified_right, data_file, log, mean
 from slmops.evaluate.significance import paired_bootstrap
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import ask_for_answers, make_student, make_teacher, prepare_data
@@ -134,12 +134,8 @@ def taught(raw: Mapping[str, Any], store: Store) -> tuple[Any, Any]:
 
 
 def right_rows(raw: Mapping[str, Any], store: Store) -> list[float]:
-    from slmops.runtime import open_classifier
-
     rows, student = taught(raw, store)
-    classifier = open_classifier(student.path)
-    best = classifier.probabilities([row.text for row in rows]).argmax(axis=1)
-    return [float(classifier.labels[label] == row.target) for label, row in zip(best, rows, strict=True)]
+    return classified_right(student.path, rows)
 
 
 def log_likelihoods(raw: Mapping[str, Any], store: Store) -> list[float]:

@@ -248,6 +248,9 @@ class DistillConfig(Section):
     transfer_rows: Annotated[float, Field(ge=0)] = Field(
         0.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
     )
+    unlabelled: str | None = Field(
+        None, description="file of further texts that nobody labelled, for a local teacher to label (closed sets)"
+    )
 
     def weights(self, *, closed: bool) -> dict[str, float]:
         """Signal -> weight of those that count. ``hidden`` of closed sets is left out where it is null: it depends on
@@ -556,7 +559,7 @@ class Recipe(Section):
             key = "samples" if teacher.samples > 1 else "new_prompts"
             raise ValueError(
                 f"teacher.{key} is for a teacher that writes text; {teacher.model} gives its whole distribution over "
-                "the labels in one go (for more texts see distill.transfer_rows)"
+                "the labels in one go (for more texts see distill.unlabelled)"
             )
         if teacher.judge is not None and self.closed:
             raise ValueError(f"teacher.judge is for open tasks; the labels of {self.task} are compared with gold")
@@ -637,7 +640,12 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON with files by their bare names: what may leave this machine inside a bundle."""
     raw = recipe_json(recipe)
-    for section, keys in (("data", ("train", "validation", "test")), ("teacher", ("model",)), ("student", ("model",))):
+    for section, keys in (
+        ("data", ("train", "validation", "test")),
+        ("teacher", ("model",)),
+        ("student", ("model",)),
+        ("distill", ("unlabelled",)),
+    ):
         for key in keys:
             value = raw[section][key]
             if value is not None and not _has_scheme(value):
@@ -814,6 +822,10 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("train", "validation", "test"):
             if isinstance(data.get(key), str) and not _has_scheme(data[key]):
                 data[key] = str((folder / data[key]).resolve())
+    distill = raw.get("distill")
+    texts = distill.get("unlabelled") if isinstance(distill, dict) else None
+    if isinstance(distill, dict) and isinstance(texts, str) and not _has_scheme(texts):
+        distill["unlabelled"] = str((folder / texts).resolve())
     train = raw.get("train")
     if isinstance(train, dict):
         if isinstance(train.get("loss"), str) and ":" in train["loss"]:

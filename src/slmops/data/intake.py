@@ -100,7 +100,7 @@ class Intake:
         before, watch, number = len(self), None, 0
         automatic = f"{source.role}-"
         task = f"reading {source.name}"
-        for reading, record in _records(source, builder, encoding):
+        for reading, record in records_of(source, builder, encoding):
             number = record.row
             if watch is None or watch.path != reading.path:
                 if watch is not None:
@@ -247,7 +247,7 @@ class Taken:
         return words_only(fold("\n".join(message.content for message in messages if message.role != "system")))
 
 
-def _records(source: Source, builder: RowBuilder, encoding: str) -> Iterator[tuple[Reading, Record | BadRecord]]:
+def records_of(source: Source, builder: RowBuilder, encoding: str) -> Iterator[tuple[Reading, Record | BadRecord]]:
     """Records of all files of a source within its slice; rows are numbered through all its files."""
     config = builder.config
     readings = [Reading(path, encoding, config.max_row_bytes, builder.top_columns) for path in source.files]

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Message, Row, Signals
+from slmops.artifacts import SPLITS, Artifact, Checkpoint, Dataset, Draft, Message, Row, Signals
 from slmops.chat import ChatTokenizer, tokenizer_digest
-from slmops.data import prepare, source_digests, stage_config
+from slmops.data import FetchHub, prepare, read_unlabelled, source_digests, stage_config, unlabelled_source
 from slmops.data.similar import repeats
 from slmops.distill import (
     Estimate,
@@ -51,7 +51,7 @@ MEANS_KEYS = {
 
 def prepare_data(context: Context) -> Dataset:
     recipe = context.recipe
-    fetch = partial(fetch_hub_dataset, offline=context.offline)
+    fetch = _hub(context)
     return context.stage(
         "data",
         Dataset,
@@ -147,16 +147,26 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
     """What the teacher says to the rows. ``number`` 2 and more: of the further ones (closed label sets)."""
     recipe = context.recipe
     asked = asked_config(context)
+    inputs: dict[str, Artifact | str]
     if teacher is not None and recipe.closed:
         transfer_rows, states = recipe.distill.transfer_rows, number == 1 and recipe.distill.losses.hidden != 0
+        inputs = {"data": data, "teacher": teacher}
+        unlabelled = None
+        if recipe.distill.unlabelled is not None:
+            unlabelled = unlabelled_source(recipe.data, recipe.distill.unlabelled, fetch_hub=_hub(context))
+            inputs["unlabelled"] = unlabelled.digest()
 
         def keep(draft: Draft) -> None:
             texts = [row.text for row in data.rows("train")]
+            further = vary_texts(texts, rows_each=transfer_rows, seed=recipe.seed)
+            if unlabelled is not None:
+                known = [row.text for split in SPLITS for row in data.rows(split)]
+                further += read_unlabelled(recipe.data, recipe.task, unlabelled, known, progress=context.progress)
             keep_distribution(
                 data,
                 open_classifier(teacher.path),
                 draft,
-                extra_texts=vary_texts(texts, rows_each=transfer_rows, seed=recipe.seed),
+                extra_texts=further,
                 states=states,
                 progress=context.progress,
             )
@@ -164,9 +174,10 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
         return context.stage(
             _numbered("answers", number),
             Dataset,
-            {"data": data, "teacher": teacher},
-            {"transfer_rows": transfer_rows, "states": states},
-            ["slmops.distill.distribution", "slmops.distill.transfer"],
+            inputs,
+            {"transfer_rows": transfer_rows, "states": states}
+            | ({"input": recipe.data.input, "near_duplicates": recipe.data.near_duplicates} if unlabelled else {}),
+            ["slmops.distill.distribution", "slmops.distill.transfer", "slmops.data.unlabelled"],
             keep,
         )
 
@@ -200,7 +211,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
             if local is not None:
                 local.close()
 
-    inputs: dict[str, Artifact | str] = {"data": data}
+    inputs = {"data": data}
     if teacher is not None:
         inputs["teacher"] = teacher
     code = ["slmops.distill", "slmops.data.redact", "slmops.data.similar"]
@@ -283,6 +294,13 @@ def impossible_signals(recipe: Recipe) -> RecipeError | None:
     weights = distill.weights(closed=recipe.closed)
     if not weights and not (recipe.closed and distill.losses.hidden is None):
         return RecipeError("All of distill.losses are 0 for this task, so nothing would be learnt.")
+    if distill.unlabelled is not None and (recipe.teacher.remote or not recipe.closed):
+        return RecipeError(
+            f"distill.unlabelled is {distill.unlabelled}, but "
+            + ("a teacher behind a server" if recipe.teacher.remote else f"the teacher of {recipe.task}")
+            + " does not give its distribution over the labels.",
+            remedy="Let a local model teach a closed label set, or give the texts as data.train, data.target: null.",
+        )
     if recipe.teachers and any(teacher.remote for teacher in (recipe.teacher, *recipe.teachers)):
         return RecipeError(
             "Several teachers are given, and one of them is behind a server.",
@@ -451,6 +469,10 @@ def make_student(
         else [f"slmops.train.{context.form}.student", "slmops.models.classifier"],
         lambda draft: build(draft=draft),
     )
+
+
+def _hub(context: Context) -> FetchHub:
+    return partial(fetch_hub_dataset, offline=context.offline)
 
 
 def _numbered(name: str, number: int) -> str:

@@ -116,8 +116,8 @@ def train_classifier_student(
         further,
     )
     epochs = train.epochs or (EPOCHS if named_model is None else NAMED_EPOCHS)
-    batch_size = train.batch_size or batch_size_for(len(rows["train"]), epochs, STEPS_AT_LEAST)
-    steps = steps_for(len(rows["train"]), batch_size, epochs)
+    batch_size = train.batch_size or batch_size_for(len(texts), epochs, STEPS_AT_LEAST)
+    steps = steps_for(len(texts), batch_size, epochs)
     history = fit(
         model,
         objective,
