@@ -128,7 +128,7 @@ def test_two_processes_learn_what_one_does(llama: Path, tmp_path: Path) -> None:
     settings = {"method": "lora", "epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
     finetune(job_of(llama, dataset, alone, **settings))
     finetune(job_of(llama, dataset, together, processes=2, **settings), progress=events.append)
-    assert [event.done for event in events] == [1, 2, 3, 4]
+    assert [event.done for event in events if not event.figures] == [1, 2, 3, 4]
     assert together.metrics.keys() == alone.metrics.keys()
     for a, b in zip(history_of(alone), history_of(together), strict=True):
         assert a == pytest.approx(b, rel=1e-3)

@@ -194,7 +194,10 @@ def test_it_learns_and_keeps_the_curve(tmp_path: Path) -> None:
     assert {"loss", "grad_norm", "learning_rate", "step"} == set(losses[0])
     assert all(isinstance(value, float) for point in history for value in point.values())
     json.dumps(history, allow_nan=False)
-    assert [(event.task, event.done, event.total) for event in events] == [("a task", n, 120) for n in range(1, 121)]
+    steps = [event for event in events if not event.figures]
+    assert [(event.task, event.done, event.total) for event in steps] == [("a task", n, 120) for n in range(1, 121)]
+    told = [event.figures["validation_loss"] for event in events if event.figures]
+    assert told == [point["validation_loss"] for point in validations]
     assert "loss" in events[-1].note
 
 
