@@ -200,9 +200,14 @@ def _status(client: Any, name: str) -> str | None:
 
     try:
         with _told("Azure ML does not answer"):
-            return str(client.jobs.get(name).status)
+            return _word(client.jobs.get(name).status)
     except ResourceNotFoundError:
         return None
+
+
+def _word(status: Any) -> str:
+    """The status as the service says it: the client gives some as its own enumeration."""
+    return str(getattr(status, "value", status))
 
 
 def _watch(client: Any, name: str, recipe: Recipe, progress: ProgressSink, poll_s: float) -> None:
@@ -215,7 +220,7 @@ def _watch(client: Any, name: str, recipe: Recipe, progress: ProgressSink, poll_
     while True:
         status = _status(client, name)
         with _told("Azure ML does not answer"):
-            steps = {step.display_name: step.status for step in client.jobs.list(parent_job_name=name)}
+            steps = {step.display_name: _word(step.status) for step in client.jobs.list(parent_job_name=name)}
         done = sum(steps.get(stage) == "Completed" for stage in stages)
         progress(Progress(TASK, done, len(stages), "stages", f"{name}: {status}"))
         if status in ENDED or status is None:
