@@ -638,8 +638,12 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def portable_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON with files by their bare names: what may leave this machine inside a bundle."""
+    """The recipe as plain JSON with files by their bare names: what may leave this machine inside a bundle.
+
+    Where it ran (``azureml``) is left out: it changes nothing of what was made, and names somebody's account.
+    """
     raw = recipe_json(recipe)
+    raw["azureml"] = None
     for section, keys in (
         ("data", ("train", "validation", "test")),
         ("teacher", ("model",)),

@@ -32,8 +32,8 @@ from slmops.recipe import DISTRIBUTION_LOSSES, Recipe, recipe_json
 from slmops.runtime import open_classifier, open_generator
 from slmops.trust import digest_file
 
-ADAPT_KEYS = {"model", "adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
-"""What of the teacher's configuration matters for adapting it, and not for asking it."""
+ADAPT_KEYS = {"adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
+"""What of the teacher's configuration matters for adapting it, and not for asking it. Which model: its digest says."""
 OLIVE_CODE = ["slmops.train.generator.olive", "slmops.train.generator.olive_child", "slmops.models.olive"]
 ANSWERS_FOLDER = "answers"
 MEANS_KEYS = {
@@ -220,7 +220,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
 
 def asked_config(context: Context) -> dict[str, Any]:
     """What of the teacher's configuration its answers depend on. The identity of a local one is its digest."""
-    asked = context.recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, *MEANS_KEYS} - {"model"})
+    asked = context.recipe.teacher.model_dump(mode="json", exclude={*ADAPT_KEYS, *MEANS_KEYS})
     if not context.recipe.teacher.remote:
         del asked["model"]
     if asked["judge"] is not None:
@@ -455,7 +455,8 @@ def make_student(
             progress=context.progress,
         )
     config = {
-        "student": recipe_json(recipe)["student"],
+        # Which model it is says its digest among the inputs; where it lies changes nothing.
+        "student": {**recipe_json(recipe)["student"], "model": recipe.student.model is not None},
         "distill": recipe.distill.model_dump(mode="json") if taught else None,
         "train": recipe.train.model_dump(mode="json", exclude={"preferences"}),
     }
