@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from slmops.artifacts import Artifact, Dataset, Report
@@ -239,6 +240,11 @@ def test_what_is_missing_or_too_old_is_named_with_the_verbs_that_need_it() -> No
     assert all(verb in bad.detail for verb in VERBS["train"])
     assert bad.remedy == "Install it: pip install 'slmops[train]'"
     assert check_extra("", {"numpy": "2.0"}, {}.get).status == "fail"
+
+
+def test_every_verb_is_told_with_the_size_that_it_needs() -> None:
+    verbs = [verb for named in VERBS.values() for verb in named]
+    assert sorted(verbs) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_telemetry_is_off_from_the_start_and_a_switch_that_is_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_nf4_is_a_small_error(llama: Path) -> None:
     round_to_nf4(after)
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         if "_proj" in name:
-            assert 0.03 < float((a - b).norm() / a.norm()) < 0.15
+            assert 0.03 < float((a - b).detach().norm() / a.detach().norm()) < 0.15
         else:
             assert torch.equal(a, b)
 

@@ -36,9 +36,9 @@ FAST_FLAGS = {
 """What int8 and int4 kernels look for -> the names that the system gives it."""
 
 VERBS = {
-    "": ("verify", "chat", "doctor"),
+    "": ("doctor", "verify", "chat"),
     "serve": ("serve",),
-    "train": ("data", "distill", "train", "compress", "evaluate", "bench", "package", "trace", "run", "demo"),
+    "train": ("init", "data", "distill", "train", "adapters", "trace", "run", "demo"),
 }
 """Extra ("" is the device size) -> the verbs that need it."""
 
@@ -138,7 +138,7 @@ def check_store(store: Path) -> Check:
 def check_flags(flags: tuple[str, ...] | None) -> Check:
     if flags is None:
         detail = f"{platform.machine()}, the system does not tell its instructions"
-        return Check("cpu", "warn", detail, "Measure before you rely on its speed: slmops bench")
+        return Check("cpu", "warn", detail, "Measure before you rely on its speed: the report of slmops run tells it.")
     detail = f"{platform.machine()}: {', '.join(flags) or 'none of ' + ', '.join(FAST_FLAGS)}"
     if not {"avx2", "neon"} & set(flags):
         return Check("cpu", "warn", detail, "Models run, but slowly: kernels are made for avx2 or neon.")

@@ -326,6 +326,12 @@ def impossible_signals(recipe: Recipe) -> RecipeError | None:
                 f"distill.{name} is for open tasks, and the task is {recipe.task}.", remedy="Leave it out."
             )
         return None
+    if recipe.train.engine == "olive" and (distill.online or distill.cached):
+        return RecipeError(
+            "train.engine is olive, which learns from the answers' text alone, and distill asks for what the teacher "
+            "thinks of each token.",
+            remedy="Leave train.engine out, or all of distill.losses but gold, and distill.on_policy_share.",
+        )
     if distill.on_policy_share and not weights.keys() & set(DISTRIBUTION_LOSSES):
         return RecipeError(
             f"distill.on_policy_share is {distill.on_policy_share}, but no loss judges what the student writes.",
@@ -376,7 +382,12 @@ def keep_signals(context: Context, answers: Dataset, teacher: Checkpoint, number
         Signals,
         {"answers": answers, "teacher": teacher},
         {"top_k": top_k, "temperature": temperature, "max_tokens": recipe.train.max_tokens},
-        ["slmops.distill.token_signals", "slmops.runtime.token_teacher", "slmops.artifacts.token_signals"],
+        [
+            "slmops.distill.token_signals",
+            "slmops.runtime.token_teacher",
+            "slmops.models.soft_cap",
+            "slmops.artifacts.token_signals",
+        ],
         keep,
     )
 

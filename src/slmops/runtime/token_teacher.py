@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.models.quiet import quiet_transformers
+from slmops.models.soft_cap import soft_capped
 
 CHUNK_LOGITS = 1 << 24
 """64 MB in fp32."""
@@ -81,7 +82,7 @@ class TokenTeacher:
             mask[row, : len(sequence)] = 1
         places = torch.tensor([(row, at) for row, columns in enumerate(wanted) for at in columns])
         with torch.inference_mode():
-            states = self._model.model(
+            states = self._model.base_model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).last_hidden_state
             chosen = states[places[:, 0].to(device), places[:, 1].to(device) - 1]
@@ -98,7 +99,7 @@ class TokenTeacher:
     def _reduce(self, states: Any, coming: Any, top_k: int, temperature: float) -> tuple[NDArray[Any], ...]:
         import torch
 
-        logits = self._model.get_output_embeddings()(states).float()
+        logits = soft_capped(self._model.get_output_embeddings()(states), self._model.config).float()
         if temperature != 1:
             logits /= temperature
         whole = logits.logsumexp(dim=-1, keepdim=True)

@@ -22,6 +22,8 @@ from slmops.errors import ModelError
 HEAD_SIZE = 64
 EMBEDDING_SCALE = 0.5
 """Standard deviation of the projected embeddings. Measured: fresh layers of this size learn fastest around it."""
+LISTED_BY_LAYER = ("layer_types", "no_rope_layers")
+"""Entries of a model's configuration that say something of each layer, in order."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def shallow_copy(teacher_folder: Path, kept_ids: tuple[int, ...] | None, layers:
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = layers
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in chosen]
+    for name in LISTED_BY_LAYER:
+        if listed := getattr(model.config, name, None):
+            setattr(model.config, name, [listed[index] for index in chosen])
     if kept_ids is not None:
         _keep_rows(model, kept_ids)
     return model  # type: ignore[no-any-return]
@@ -136,14 +139,15 @@ def principal_components(embeddings: Tensor, dimensions: int) -> Tensor:
 def _keep_rows(model: Any, kept_ids: tuple[int, ...]) -> None:
     """Shrink embeddings (and an untied output layer) to the kept tokens, and renumber the special ones."""
     rows = torch.tensor(kept_ids)
-    old_input, old_output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = old_output.weight is old_input.weight
-    embedding = nn.Embedding(len(kept_ids), old_input.embedding_dim)
-    embedding.weight = nn.Parameter(old_input.weight.detach()[rows].clone())
-    model.set_input_embeddings(embedding)
-    output = nn.Linear(old_output.in_features, len(kept_ids), bias=False)
-    output.weight = embedding.weight if tied else nn.Parameter(old_output.weight.detach()[rows].clone())
-    model.set_output_embeddings(output)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output.weight is embedding.weight
+    # In place: the modules do more than look up and multiply in some families (Gemma scales its embeddings).
+    embedding.weight = nn.Parameter(embedding.weight.detach()[rows].clone())
+    embedding.num_embeddings, embedding.padding_idx = len(kept_ids), None
+    output.weight = embedding.weight if tied else nn.Parameter(output.weight.detach()[rows].clone())
+    output.out_features = len(kept_ids)
+    if output.bias is not None:
+        output.bias = nn.Parameter(output.bias.detach()[rows].clone())
     new_ids = {old: new for new, old in enumerate(kept_ids)}
     for config in (model.config, model.generation_config):
         config.vocab_size = len(kept_ids)

@@ -19,6 +19,7 @@ from slmops.artifacts import Dataset, Draft, Message, Row
 from slmops.chat import ChatTokenizer
 from slmops.errors import DataError
 from slmops.models.bottleneck import without_bottlenecks
+from slmops.models.soft_cap import soft_capped
 from slmops.progress import ProgressSink
 from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
@@ -102,12 +103,6 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         wanted = batch["supervised"][:, 1:].bool()
         states, targets = hidden[:, :-1][wanted], batch["input_ids"][:, 1:][wanted]
     return soft_capped(base.get_output_embeddings()(states), base.config), targets
-
-
-def soft_capped(logits: Tensor, config: Any) -> Tensor:
-    """What some families (Gemma 2) do to the output layer's numbers."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass

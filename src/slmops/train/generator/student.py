@@ -29,7 +29,14 @@ from slmops.train.generator.answers import (
     save,
 )
 from slmops.train.generator.signals import TeacherTokens, align_teacher_tokens, read_teacher_tokens
-from slmops.train.generator.taught import OnlineTeacher, Taught, TaughtObjective, check_layer_map, check_losses
+from slmops.train.generator.taught import (
+    OnlineTeacher,
+    Taught,
+    TaughtObjective,
+    check_layer_map,
+    check_losses,
+    text_config,
+)
 from slmops.train.student import shallow_copy
 from slmops.train.tokens import load_tokenizer
 from slmops.train.vocabulary import trim_vocabulary
@@ -137,7 +144,7 @@ class _Lessons:
         online = self._online(weights) if distill.online else None
         layer_map: dict[int, int] = {}
         if online is not None and weights.keys() & {"hidden", "attention"}:
-            layer_map = check_layer_map(distill.layer_map, model.config.num_hidden_layers, online.layers)
+            layer_map = check_layer_map(distill.layer_map, text_config(model).num_hidden_layers, online.layers)
         if "attention" in weights:
             model.set_attn_implementation("eager")
         trained: Any = model

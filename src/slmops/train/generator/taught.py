@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmops.errors import ModelError, UsageError
+from slmops.models.soft_cap import soft_capped
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig
-from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows, soft_capped
+from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows
 from slmops.train.generator.signals import TeacherTokens, student_ids, to_student
 from slmops.train.loop import Batch
 from slmops.train.losses import (
@@ -47,7 +48,7 @@ class Taught(nn.Module):
     def __init__(self, student: Any, layer_map: Mapping[int, int], teacher_hidden_size: int) -> None:
         super().__init__()
         self.student = student
-        width = base_of(student).config.hidden_size
+        width = text_config(base_of(student)).hidden_size
         self.projections = nn.ModuleDict({str(layer): nn.Linear(width, teacher_hidden_size) for layer in layer_map})
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
@@ -78,6 +79,11 @@ def base_of(model: Any) -> Any:
     """The language model itself, under projections and adapters."""
     model = model.student if isinstance(model, Taught) else model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: Any) -> Any:
+    """The sizes of the language model, also where it is a part of one that sees pictures (Gemma 3)."""
+    return model.config.get_text_config()
 
 
 def check_layer_map(given: Mapping[int, int] | None, student_layers: int, teacher_layers: int) -> dict[int, int]:
@@ -112,11 +118,11 @@ class OnlineTeacher:
 
     @property
     def layers(self) -> int:
-        return int(self.model.config.num_hidden_layers)
+        return int(text_config(self.model).num_hidden_layers)
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
+        return int(text_config(self.model).hidden_size)
 
     @property
     def head(self) -> nn.Module:
@@ -128,7 +134,7 @@ class OnlineTeacher:
             self.kept = self.kept.to(input_ids.device)
             input_ids = self.kept[input_ids]
         with torch.no_grad():
-            return self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **show)
+            return self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **show)
 
 
 @dataclass
@@ -198,7 +204,7 @@ class TaughtObjective(AnswerObjective):
             view = self._view(batch, None)
         else:
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            out = student.model(input_ids=ids, attention_mask=mask, use_cache=False, **show)
+            out = student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **show)
             theirs = self.online(ids, mask, **show) if self.online is not None else None
             wanted = batch["supervised"][:, 1:].bool()
             states = out.last_hidden_state[:, :-1][wanted]
@@ -207,11 +213,11 @@ class TaughtObjective(AnswerObjective):
         compared = self.loss_weights.keys() & {"gold", "uld", *DISTRIBUTION_LOSSES}
         total = states.new_zeros((), dtype=torch.float32)
         if compared:
-            rows_each = max(1, CHUNK_LOGITS // student.lm_head.weight.shape[0])
+            head = student.get_output_embeddings()
             total = in_chunks(
-                student.lm_head,
+                head,
                 states,
-                rows_each,
+                max(1, CHUNK_LOGITS // head.weight.shape[0]),
                 lambda logits, rows: self._parts(soft_capped(logits, student.config), rows, gold, view),
                 self.loss_weights,
             )
