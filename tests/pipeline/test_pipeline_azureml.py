@@ -204,6 +204,8 @@ def test_no_section(place: Place, tmp_path: Path) -> None:
         ({"azureml": {**WHERE, "requirement": "none.whl"}}, "none.whl, which is not there"),
         ({"data": {"train": "/none.csv"}}, "data.train is /none.csv"),
         ({"teacher": {"model": "openai:x", "api_key_env": "KEY"}}, "keys do not travel"),
+        ({"teachers": [{"model": "/second"}]}, "only the first one's is uploaded"),
+        ({"distill": {"unlabelled": "/none.csv"}}, "distill.unlabelled is /none.csv"),
     ],
 )
 def test_what_cannot_run_there(place: Place, tmp_path: Path, sections: dict[str, Any], message: str) -> None:

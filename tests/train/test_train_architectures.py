@@ -57,7 +57,7 @@ def test_a_cut_student_hears_its_teacher(architecture: str, tmp_path: Path) -> N
 
 @every_architecture
 def test_what_is_saved_is_what_was_trained(architecture: str, tmp_path: Path) -> None:
-    """Trimmed and cut, the student on disk computes what it did in training: scales, windows, layers without rotation."""
+    """Trimmed and cut, the student on disk computes what it did in training: scales, windows, rotations."""
     teacher, dataset = tmp_path / "teacher", chats(tmp_path / "data", 2)
     write_tiny_model(teacher, architecture)
     draft = make_draft(tmp_path / "student")

@@ -31,6 +31,7 @@ _FILES = (
     ("data", "test", "test"),
     ("teacher", "model", "teacher_model"),
     ("student", "model", "student_model"),
+    ("distill", "unlabelled", "unlabelled"),
 )
 """Section, key, and the name of the job's input, where the value is a path on this machine."""
 
@@ -159,6 +160,11 @@ def check(recipe: Recipe, config: AzureMLConfig) -> None:
     for key, path in uploads_of(recipe).values():
         if not path.exists():
             raise RecipeError(f"{key} is {path}, which is not there.", remedy="Only what is here can be uploaded.")
+    if any(":" not in teacher.model for teacher in recipe.teachers):
+        raise RecipeError(
+            "A further teacher is a folder on this machine, and only the first one's is uploaded.",
+            remedy="Name the others as hf:OWNER/NAME@REVISION or pypi:PACKAGE.",
+        )
     if recipe.teacher.api_key_env is not None:
         raise RecipeError(
             f"teacher.api_key_env is {recipe.teacher.api_key_env}, but keys do not travel to Azure ML.",
