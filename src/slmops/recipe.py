@@ -879,7 +879,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         parsed = value
     section[last] = value if (*parents, last) in _TEMPLATES and parsed is not None else parsed
-    if name in {"data.train", "data.validation", "data.test"} and not _has_scheme(value):
+    files = {"data.train", "data.validation", "data.test", "distill.unlabelled"}
+    if name in files and parsed is not None and not _has_scheme(value):
         section[last] = str(Path(value).resolve())
     if name in {"teacher.prices", "teacher.judge.prices"} and isinstance(parsed, str):
         section[last] = str(Path(value).resolve())

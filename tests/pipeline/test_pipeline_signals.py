@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from pipeline_helpers import Place, write_rows
+from safetensors.torch import load_file
 
 from slmops.errors import RecipeError, UsageError
+from slmops.pipeline import run_recipe
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import (
     ask_for_answers,
@@ -21,7 +23,7 @@ from slmops.pipeline.teach import (
     prepare_data,
 )
 from slmops.progress import ignore
-from slmops.recipe import Recipe, load_recipe, parse_recipe, portable_recipe
+from slmops.recipe import Recipe, StudentConfig, TrainConfig, load_recipe, parse_recipe, portable_recipe
 from slmops.store import Store
 
 
@@ -76,6 +78,35 @@ def test_two_teachers_of_labels(place: Place, tmp_path: Path) -> None:
     assert len([name for name in students[0].manifest.inputs if name.startswith("answers")]) == 2
 
 
+@pytest.mark.parametrize(
+    "distill",
+    [
+        {"losses": {"gold": 0.5, "forward_kl": 1}, "top_k": 8},
+        {"losses": {"gold": 0.5, "reverse_kl": 1}, "on_policy_share": 0.5, "on_policy_tokens": 4},
+    ],
+    ids=["signals", "on policy"],
+)
+def test_a_named_student_is_taught_whole_and_not_through_adapters(
+    place: Place, tmp_path: Path, distill: dict[str, Any]
+) -> None:
+    recipe = open_recipe(place, distill=distill)
+    named = recipe.model_copy(update={"student": StudentConfig(model=str(place.teacher))})
+    with Store.open(tmp_path) as store:
+        context = context_of(named, store)
+        check_signals(context)
+        data = prepare_data(context)
+        teacher = make_teacher(context, data)
+        student = make_student(context, "student", data, taught=True, teacher=teacher, data=data)
+        assert student.manifest.metrics["rows_trained"] > 0
+        before, after = (load_file(folder / "model.safetensors") for folder in (place.teacher, student.path))
+        assert before.keys() == after.keys()
+        assert all(before[name].shape == after[name].shape for name in before)
+        for method in ("lora", "qlora", "bottleneck"):
+            wanted = named.model_copy(update={"train": TrainConfig(method=method)})  # type: ignore[arg-type]
+            with pytest.raises(RecipeError, match=f"train.method is {method}, but a run trains its student whole"):
+                run_recipe(wanted, store)
+
+
 def test_a_list_of_teachers_is_read(tmp_path: Path, place: Place) -> None:
     shutil.copytree(place.teacher, tmp_path / "second")
     write_rows(tmp_path / "rows.csv", 12)
@@ -96,6 +127,7 @@ def test_a_list_of_teachers_is_read(tmp_path: Path, place: Place) -> None:
 
 # --- refused ----------------------------------------------------------------------------------------------------
 
+OLIVE = {"engine": "olive", "precision": "auto"}
 SERVER = {"model": "openai:x", "base_url": "http://127.0.0.1:9/v1"}
 
 
@@ -113,6 +145,8 @@ SERVER = {"model": "openai:x", "base_url": "http://127.0.0.1:9/v1"}
         ("qa", {"distill": {"on_policy_share": 0.5}}, "no loss judges"),
         ("qa", {"distill": {"losses": {"uld": 1, "hidden": 1}}}, "uld reads what the teacher left"),
         ("qa", {"teachers": [{}]}, "what they left on disk alone"),
+        ("qa", {"train": OLIVE, "student": {"model": "x"}, "distill": {"losses": {"jsd": 1}}}, "engine is olive"),
+        ("qa", {"train": OLIVE, "student": {"model": "x"}, "distill": {"losses": {"hidden": 1}}}, "engine is olive"),
     ],
 )
 def test_signals_that_cannot_be_had(place: Place, task: str, sections: dict[str, Any], message: str) -> None:

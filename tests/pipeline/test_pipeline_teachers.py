@@ -108,10 +108,11 @@ def test_a_server_that_is_gone_at_the_test_is_no_bad_teacher(place: Place, tmp_p
 
 
 @pytest.mark.usefixtures("no_default_base")
-def test_a_hopeless_server_stops_the_run_before_any_training(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["as a model I would rather not", "", "  \n"], ids=["refusal", "empty", "blank"])
+def test_a_hopeless_server_stops_the_run_before_any_training(place: Place, tmp_path: Path, answer: str) -> None:
     events: list[Progress] = []
     with (
-        TeacherServer(lambda prompt, before: Reply(text="as a model I would rather not")) as server,
+        TeacherServer(lambda prompt, before: Reply(text=answer)) as server,
         Store.open(tmp_path / "store") as store,
         pytest.raises(TeacherError, match="good"),
     ):

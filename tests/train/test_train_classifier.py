@@ -322,6 +322,29 @@ def test_no_closed_label_set(llama: Path, tmp_path: Path) -> None:
             work(make_draft(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": toy_rows(6, 0)}, "The validation split has no rows"),
+        ({"validation": toy_rows(6, 0)}, "The train split has no rows"),
+        (
+            {"train": [Row("r", (Message("user", "hello"),), None)], "validation": toy_rows(3, 0)},
+            "No row of the train split has a label",
+        ),
+    ],
+)
+def test_splits_that_teach_or_judge_nothing(
+    llama: Path, tmp_path: Path, splits: dict[str, list[Row]], message: str
+) -> None:
+    dataset = make_dataset(tmp_path / "data", splits, ["balance", "lost", "refund"])
+    for work in (
+        lambda draft: adapt(llama, dataset, draft),
+        lambda draft: student(dataset, llama, draft, None),
+    ):
+        with pytest.raises(DataError, match=message):
+            work(make_draft(tmp_path))
+
+
 @pytest.mark.parametrize("hidden", [None, 0.0, 0.5])
 def test_the_loss_is_the_weighted_sum_of_its_signals(llama: Path, tmp_path: Path, hidden: float | None) -> None:
     """States count by their weight; by the default where they were kept; not at all at 0."""

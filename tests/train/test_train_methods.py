@@ -224,7 +224,7 @@ def test_a_rank_larger_than_the_matrix(llama: Path, tmp_path: Path, method: str)
 
 
 def test_a_rank_that_just_fits() -> None:
-    check_rank(32, [("a", torch.nn.Linear(64, 32))])
+    check_rank(32, [("a", (32, 64))])
 
 
 def test_targets_that_are_not_there(llama: Path) -> None:

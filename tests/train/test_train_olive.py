@@ -77,6 +77,14 @@ def test_olive_trains_on_our_tokens(llama: Path, tmp_path: Path, method: str) ->
         assert answer_loss(load(found.path), found.path, rows) == pytest.approx(after, rel=1e-3)
 
 
+def test_a_rank_larger_than_the_matrix_is_told_before_olive_starts(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("olive", reason="the extra olive is not installed")
+    with pytest.raises(ModelError, match=r"rank is 33, but .*k_proj is 32 x 64: its rank is at most 32"):
+        train(llama, tmp_path, config(lora={"rank": 33}))
+    with pytest.raises(ModelError, match=r"rank is 65, but .*q_proj is 64 x 64"):
+        train(llama, tmp_path / "q", config(lora={"rank": 65, "targets": ["q_proj"]}))
+
+
 def test_an_olive_without_output_is_an_error(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "check_olive", lambda quantized: None)
     told = "print('no calibration data'); print('No output model produced.')"

@@ -6,6 +6,14 @@ are what its key depends on.
 
 from slmops.data.prepare import prepare, source_digests, stage_config
 from slmops.data.sources import FetchHub
-from slmops.data.unlabelled import read_unlabelled, unlabelled_source
+from slmops.data.unlabelled import check_unlabelled, read_unlabelled, unlabelled_source
 
-__all__ = ["FetchHub", "prepare", "read_unlabelled", "source_digests", "stage_config", "unlabelled_source"]
+__all__ = [
+    "FetchHub",
+    "check_unlabelled",
+    "prepare",
+    "read_unlabelled",
+    "source_digests",
+    "stage_config",
+    "unlabelled_source",
+]

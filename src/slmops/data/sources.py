@@ -77,7 +77,26 @@ def resolve(config: DataConfig, fetch_hub: FetchHub | None) -> tuple[Source, ...
         RecipeError: a source that cannot be understood.
     """
     given = {"train": config.train, "validation": config.validation, "test": config.test}
-    return tuple(_resolve_one(role, text, fetch_hub) for role in ROLES if (text := given[role]) is not None)
+    return tuple(resolve_one(role, text, fetch_hub) for role in ROLES if (text := given[role]) is not None)
+
+
+def resolve_one(role: Role, text: str, fetch_hub: FetchHub | None, *, key: str | None = None) -> Source:
+    """The source that ``text`` names, read as ``role``; ``key`` is the recipe's, where it is not ``data.ROLE``.
+
+    Raises:
+        DataError, RecipeError: as :func:`resolve`.
+    """
+    key = key or f"data.{role}"
+    if text.startswith("sample:"):
+        return Source(role, text, (_sample(text),))
+    if text.startswith("hf:"):
+        return _resolve_hub(role, text, fetch_hub, key)
+    path = Path(text)
+    if not path.exists():
+        raise DataError(f"There is no file {path}.", remedy=f"Check {key}, or name another: --set {key}=FILE.")
+    if not path.is_file():
+        raise DataError(f"{path} is not a file.", remedy=f"Name a file in {key}.")
+    return Source(role, path.name, (path,))
 
 
 def parse_slice(text: str, *, source: str) -> Slice:
@@ -96,21 +115,6 @@ def parse_slice(text: str, *, source: str) -> Slice:
     return Slice(start, stop)
 
 
-def _resolve_one(role: Role, text: str, fetch_hub: FetchHub | None) -> Source:
-    if text.startswith("sample:"):
-        return Source(role, text, (_sample(text),))
-    if text.startswith("hf:"):
-        return _resolve_hub(role, text, fetch_hub)
-    path = Path(text)
-    if not path.exists():
-        raise DataError(
-            f"There is no file {path}.", remedy=f"Check data.{role}, or name another: --set data.{role}=FILE."
-        )
-    if not path.is_file():
-        raise DataError(f"{path} is not a file.", remedy=f"Name a file in data.{role}.")
-    return Source(role, path.name, (path,))
-
-
 def _sample(text: str) -> Path:
     from slmops import sample
 
@@ -119,11 +123,11 @@ def _sample(text: str) -> Path:
     return sample.path()
 
 
-def _resolve_hub(role: Role, text: str, fetch_hub: FetchHub | None) -> Source:
+def _resolve_hub(role: Role, text: str, fetch_hub: FetchHub | None, key: str) -> Source:
     found = _HUB.fullmatch(text)
     if found is None:
         raise RecipeError(
-            f"data.{role} is {text!r}, which cannot be understood.",
+            f"{key} is {text!r}, which cannot be understood.",
             remedy="Write hf:owner/name@revision:split, for example hf:owner/name@main:train[:4096].",
         )
     if fetch_hub is None:

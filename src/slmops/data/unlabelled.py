@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from slmops.data.build import RowBuilder, UnusableRowError
+from slmops.data.build import ROWS_TO_SEE_COLUMNS, ColumnWatch, RowBuilder, UnusableRowError
 from slmops.data.intake import records_of
 from slmops.data.readers import BadRecord
 from slmops.data.similar import repeats
-from slmops.data.sources import FetchHub, Source, resolve
+from slmops.data.sources import FetchHub, Source, resolve_one
 from slmops.errors import DataError
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import DataConfig, Task
@@ -31,8 +31,28 @@ def unlabelled_source(config: DataConfig, place: str, *, fetch_hub: FetchHub | N
         DataError: it is not there.
         RecipeError: it cannot be understood.
     """
-    [source] = resolve(config.model_copy(update={"train": place, "validation": None, "test": None}), fetch_hub)
-    return source
+    return resolve_one("train", place, fetch_hub, key="distill.unlabelled")
+
+
+def check_unlabelled(config: DataConfig, task: Task, source: Source) -> None:
+    """Look at the first rows, so that a wrong file is known before a teacher is trained.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column of ``config.input``.
+    """
+    builder = _builder(config, task)
+    watch: ColumnWatch | None = None
+    for reading, record in records_of(source, builder, config.encoding):
+        if watch is None:
+            watch = ColumnWatch(reading.path, builder.names)
+            if reading.header is not None:
+                watch.header(reading.header)
+        if not isinstance(record, BadRecord):
+            watch.see(record.values)
+        if record.row >= ROWS_TO_SEE_COLUMNS:
+            break
+    if watch is not None:
+        watch.conclude()
 
 
 def read_unlabelled(
@@ -43,7 +63,7 @@ def read_unlabelled(
     Raises:
         DataError: nothing usable is left.
     """
-    builder = RowBuilder.of(config.model_copy(update={"target": None, "id": None, "system": None}), task)
+    builder = _builder(config, task)
     texts: list[str] = []
     unusable, row = 0, 0
     for _, record in records_of(source, builder, config.encoding):
@@ -67,3 +87,9 @@ def read_unlabelled(
             remedy="Check data.input against its columns, or leave distill.unlabelled out.",
         )
     return kept
+
+
+def _builder(config: DataConfig, task: Task) -> RowBuilder:
+    """Of the text alone: these rows have no answer, and need no id and no column to be split by."""
+    split = config.split.model_copy(update={"stratify": None})
+    return RowBuilder.of(config.model_copy(update={"target": None, "id": None, "system": None, "split": split}), task)

@@ -35,6 +35,7 @@ from slmops.pipeline.teach import (
     ask_for_answers,
     check_engines,
     check_fits,
+    check_further_texts,
     check_judgeable,
     check_signals,
     estimate_answers,
@@ -110,6 +111,7 @@ def distill_recipe(
     """
     context = Context(recipe, store, offline, progress)
     _check(recipe)
+    check_further_texts(context)
     data = prepare_data(context)
     check_fits(context)
     answers = ask_for_answers(context, data, make_teacher(context, data))
@@ -165,6 +167,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     """The stages in their order, each done when it is asked for: its name and what it made."""
     _check(context.recipe)
     check_engines(context)
+    check_further_texts(context)
     make_place(folder)
     data = prepare_data(context)
     check_judgeable(context, data)

@@ -10,7 +10,15 @@ from typing import Any
 
 from slmops.artifacts import SPLITS, Artifact, Checkpoint, Dataset, Draft, Message, Row, Signals
 from slmops.chat import ChatTokenizer, tokenizer_digest
-from slmops.data import FetchHub, prepare, read_unlabelled, source_digests, stage_config, unlabelled_source
+from slmops.data import (
+    FetchHub,
+    check_unlabelled,
+    prepare,
+    read_unlabelled,
+    source_digests,
+    stage_config,
+    unlabelled_source,
+)
 from slmops.data.similar import repeats
 from slmops.distill import (
     Estimate,
@@ -74,6 +82,18 @@ def check_judgeable(context: Context, data: Dataset) -> None:
             path=data.path,
             remedy="Set data.target, or give data.test rows with answers.",
         )
+
+
+def check_further_texts(context: Context) -> None:
+    """Refuse unlabelled texts that cannot be read, before a teacher is trained to label them.
+
+    Raises:
+        DataError: the file is not there, cannot be read, or lacks a column.
+    """
+    recipe = context.recipe
+    if recipe.distill.unlabelled is not None:
+        source = unlabelled_source(recipe.data, recipe.distill.unlabelled, fetch_hub=_hub(context))
+        check_unlabelled(recipe.data, recipe.task, source)
 
 
 def check_fits(context: Context) -> None:

@@ -99,7 +99,7 @@ def add_lora(model: Any, settings: LoraConfig, task_type: str) -> Any:
     from peft import get_peft_model
 
     targets = lora_targets(model, settings.targets)
-    check_rank(settings.rank, targets)
+    check_rank(settings.rank, [(name, (part.out_features, part.in_features)) for name, part in targets])
     config = PeftConfig(
         r=settings.rank,
         lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,
@@ -134,14 +134,13 @@ def lora_targets(model: Any, wanted: Literal["all-linear"] | Sequence[str]) -> l
     return [(name, part) for name, part in matrices if name.rpartition(".")[2] in wanted]
 
 
-def check_rank(rank: int, matrices: Sequence[tuple[str, nn.Linear]]) -> None:
+def check_rank(rank: int, shapes: Sequence[tuple[str, tuple[int, int]]]) -> None:
     """Raises :class:`ModelError` where a pair of factors would be larger than the rank that a matrix can have."""
-    for name, part in matrices:
-        most = min(part.in_features, part.out_features)
+    for name, (rows, columns) in shapes:
+        most = min(rows, columns)
         if rank > most:
             raise ModelError(
-                f"train.lora.rank is {rank}, but {name} is {part.out_features} x {part.in_features}: its rank is at "
-                f"most {most}.",
+                f"train.lora.rank is {rank}, but {name} is {rows} x {columns}: its rank is at most {most}.",
                 remedy=f"Choose a rank of {most} or less (16 is usual), or other train.lora.targets.",
             )
 

@@ -36,6 +36,25 @@ def targets_of(rows: Sequence[Row], labels: tuple[str, ...]) -> list[int]:
     return [IGNORED_LABEL if row.target is None else index[row.target] for row in rows]
 
 
+def rows_by_split(dataset: Dataset, *, labelled: bool) -> dict[str, list[Row]]:
+    """The rows for training and for validation. ``labelled``: the training rows have to teach by their labels alone.
+
+    Raises:
+        DataError: a split without rows; no row for training has a label although nothing else teaches.
+    """
+    rows = {split: list(dataset.rows(split)) for split in ("train", "validation")}
+    for split, found in rows.items():
+        if not found:
+            raise DataError(
+                f"The {split} split has no rows.",
+                path=dataset.path,
+                remedy="Give more rows, or raise data.split.validation.",
+            )
+    if labelled and all(row.target is None for row in rows["train"]):
+        raise DataError("No row of the train split has a label.", path=dataset.path, remedy="Set data.target.")
+    return rows
+
+
 def closing_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     end_token = token_text(read_object(folder / "tokenizer_config.json").get("eos_token"))

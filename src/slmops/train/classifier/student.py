@@ -21,6 +21,7 @@ from slmops.train.classifier.common import (
     batch_size_for,
     closing_tokenizer,
     labels_of,
+    rows_by_split,
     save,
     targets_of,
     validate,
@@ -80,7 +81,7 @@ def train_classifier_student(
     """
     torch.manual_seed(seed)
     labels = labels_of(dataset)
-    rows = {split: list(dataset.rows(split)) for split in ("train", "validation")}
+    rows = rows_by_split(dataset, labelled=distill is None)
     texts = [row.text for row in rows["train"]]
     targets = targets_of(rows["train"], labels)
     signals: TeacherSignals | None = None

@@ -22,6 +22,7 @@ from slmops.train.classifier.common import (
     batch_size_for,
     closing_tokenizer,
     labels_of,
+    rows_by_split,
     save,
     targets_of,
     validate,
@@ -61,7 +62,7 @@ def adapt_classifier(
     classifier = classifier_from_language_model(model_folder, labels)
     layers: int = cast(Any, classifier.backbone).config.num_hidden_layers
     lower, upper = split_at(classifier, round(config.frozen_share * layers))
-    rows = {split: list(dataset.rows(split)) for split in ("train", "validation")}
+    rows = rows_by_split(dataset, labelled=True)
     tokens = {split: encode_texts(tokenizer, [row.text for row in rows[split]], train.max_tokens) for split in rows}
     precision = "bf16" if train.precision == "auto" else train.precision
     states = {split: lower_states(lower, tokens[split], precision, split, progress) for split in tokens}

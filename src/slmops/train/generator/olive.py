@@ -29,6 +29,7 @@ from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
 from slmops.train.generator.answers import EncodedRow, ToMessages, copy_tokenizer, encode_splits, save
+from slmops.train.methods import check_rank
 
 CHILD: tuple[str, ...] = (sys.executable, "-P", "-m", "slmops.train.generator.olive_child")
 EPOCHS = 3.0
@@ -56,9 +57,16 @@ def train_with_olive(
     Raises:
         MissingExtraError: olive-ai is not installed.
         DataError: no row has an answer that fits into ``train.max_tokens``.
+        ModelError: the rank is larger than a matrix has.
         ConversionError: Olive ended without an adapter.
     """
     check_olive(quantized=train.method == "qlora")
+    targets = train.lora.targets
+    shapes = _linear_shapes(model_folder)
+    check_rank(
+        train.lora.rank,
+        [shape for shape in shapes if targets == "all-linear" or shape[0].rpartition(".")[2] in targets],
+    )
     tokenizer = ChatTokenizer.load(model_folder)
     files, rows = {}, encode_splits(tokenizer, dataset, to_messages, train.max_tokens)
     for split in rows:
@@ -139,13 +147,17 @@ def pass_options(train: TrainConfig, *, steps: int, seed: int, checkpoints: Path
 
 def linear_names(model_folder: Path) -> list[str]:
     """What the matrices of the model's layers are called, for ``all-linear``, which Olive does not know."""
-    tensors = [tensor for path in weight_files(model_folder) for tensor in read_tensors(path)]
-    names = {
-        tensor.name.split(".")[-2]
-        for tensor in tensors
+    return sorted({name.rpartition(".")[2] for name, _ in _linear_shapes(model_folder)})
+
+
+def _linear_shapes(model_folder: Path) -> list[tuple[str, tuple[int, int]]]:
+    """Name and ``[out, in]`` of each matrix of the model's layers."""
+    return [
+        (tensor.name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1]))
+        for path in weight_files(model_folder)
+        for tensor in read_tensors(path)
         if ".layers." in tensor.name and tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    }
-    return sorted(names)
+    ]
 
 
 def check_olive(*, quantized: bool = False) -> None:
