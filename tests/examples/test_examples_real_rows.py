@@ -1,6 +1,6 @@
 """Real rows of the two tasks that have no recipe in ``examples/``, from the file to a trained model, in seconds.
 
-The model is tiny and random: what is tested is that real rows of this kind go all the way, and that it learns from them.
+The model is tiny and random: what is tested is that real rows of this kind go all the way, and are learnt.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.extraction import write_rows
+
 from fakes.tiny_models import write_tiny_llama
 from slmops.artifacts import Message
 from slmops.pipeline.tune import train_recipe

@@ -17,7 +17,7 @@ class ResourceUse:
         self._process.cpu_percent()  # the first answer is always 0
 
     def figures(self) -> dict[str, float]:
-        """``memory_mb`` (resident), ``cpu_cores`` (1.0 is one core, wholly), ``gpu_memory_mb`` (the most since then)."""
+        """``memory_mb`` (resident), ``cpu_cores`` (1.0 is one core, wholly), ``gpu_memory_mb`` (most since then)."""
         found = {
             "memory_mb": self._process.memory_info().rss / 1e6,
             "cpu_cores": self._process.cpu_percent() / 100,
