@@ -392,6 +392,11 @@ def test_tensorboard_reads_the_curve_back(llama: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tracking/tensorboard/tuned"))
     events.Reload()
     history = history_of(draft)
+    losses = [event.step for event in events.Scalars("loss")]
+    for name, most in (("machine/memory_mb", 1e6), ("machine/cpu_cores", 1e3)):
+        assert [event.step for event in events.Scalars(name)] == losses
+        assert all(0 <= event.value < most for event in events.Scalars(name))
+    assert events.Scalars("machine/memory_mb")[0].value > 50
     for name in ("loss", "validation_loss", "learning_rate", "grad_norm"):
         expected = [(int(point["step"]), point[name]) for point in history if name in point]
         found = [(event.step, event.value) for event in events.Scalars(name)]
@@ -414,6 +419,7 @@ def test_mlflow_reads_the_curve_back(llama: Path, tmp_path: Path) -> None:
     found = client.get_metric_history(run.info.run_id, "validation_loss")
     expected = [(p["step"], p["validation_loss"]) for p in history_of(draft) if "validation_loss" in p]
     assert [(m.step, m.value) for m in found] == expected
+    assert client.get_metric_history(run.info.run_id, "machine/memory_mb")[0].value > 50
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 

@@ -1,4 +1,4 @@
-"""The curves also written for TensorBoard or MLflow, where the recipe asks for it.
+"""The curves, and what training takes of the machine, written for TensorBoard or MLflow where the recipe asks for it.
 
 Guarantees: only files in the tracking folder are written (``tensorboard/`` with event files; ``mlflow.db`` and
 ``mlflow-artifacts/``): no server, and telemetry is off. A run that goes on after a kill continues the same curves:
@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from slmops.errors import MissingExtraError
+from slmops.train.usage import ResourceUse
 
 _MODULES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 _NAMES = {"eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
@@ -46,6 +47,7 @@ def open_trackers(
 class _TensorBoard(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.usage = ResourceUse()
         self.writer: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
@@ -56,7 +58,7 @@ class _TensorBoard(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        for name, value in _figures(logs):
+        for name, value in _figures(logs, self.usage):
             self.writer.add_scalar(name, value, state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
@@ -66,6 +68,7 @@ class _TensorBoard(TrainerCallback):  # type: ignore[misc]
 class _MLflow(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any], remembered: Path) -> None:
         self.folder, self.run, self.settings, self.remembered = folder, run, settings, remembered
+        self.usage = ResourceUse()
         self.client: Any = None
         self.run_id = ""
 
@@ -93,15 +96,17 @@ class _MLflow(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        for name, value in _figures(logs):
+        for name, value in _figures(logs, self.usage):
             self.client.log_metric(self.run_id, name, value, step=state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.client.set_terminated(self.run_id)
 
 
-def _figures(logs: Mapping[str, Any] | None) -> list[tuple[str, float]]:
-    return [
+def _figures(logs: Mapping[str, Any] | None, usage: ResourceUse) -> list[tuple[str, float]]:
+    """What was logged; beside a loss in training also the use of the machine (``machine/memory_mb`` …)."""
+    used = [(f"machine/{name}", value) for name, value in usage.figures().items()] if "loss" in (logs or {}) else []
+    return used + [
         (_NAMES.get(name, name), float(value))
         for name, value in (logs or {}).items()
         if isinstance(value, int | float) and name not in {"epoch", "total_flos"} and not name.startswith("train_")
