@@ -132,6 +132,7 @@ def test_every_digit_stands_alone_also_after_spaces(tiny_gguf: Path, tmp_path: P
 def test_it_is_converted_once_and_quietly(
     tiny_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    transformers.utils.logging.enable_progress_bar()  # another test of this process may have switched it off
     events: list[Progress] = []
     first = checkpoint_of_gguf(tiny_gguf, tmp_path / "cache", progress=events.append)
     assert capfd.readouterr() == ("", "")
