@@ -1,4 +1,4 @@
-"""What several benchmarks share: running a recipe with a plain log, and spreads."""
+"""What several benchmarks share: running a recipe with a plain log, spreads, and what the machine reaches at best."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from slmops.runtime import open_classifier
 from slmops.store import Store
 
 LOG_EVERY_S = 15.0
+GEMM_SIZE, GEMM_REPEATS = 2048, 4
 
 
 def data_file(options: argparse.Namespace, name: str) -> str:
@@ -79,3 +80,17 @@ def check(name: str, values: Sequence[float], target: float) -> dict[str, Any]:
     """One claim: its mean over the runs, the runs' spread, and whether the mean reaches ``target``."""
     average = mean(values)
     return {"name": name, "value": average, "spread": spread(values), "target": target, "passed": average >= target}
+
+
+def gemm_flops_per_s(precision: str) -> float:
+    """What this machine reaches in a product of two square matrices in fp32 or bf16: the best of a few."""
+    import torch
+
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=kind) for _ in range(2))
+    best_s = float("inf")
+    for _ in range(GEMM_REPEATS):
+        started = time.perf_counter()
+        a @ b
+        best_s = min(best_s, time.perf_counter() - started)
+    return 2 * GEMM_SIZE**3 / best_s

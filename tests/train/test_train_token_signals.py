@@ -74,6 +74,22 @@ def reference(llama: Path, dataset: Dataset, temperature: float = 1.0) -> tuple[
 # --- on disk ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_the_layers_may_multiply_in_bf16(llama: Path, precision: Any) -> None:
+    ids, wanted = [[3, 17, 42, 99, 7, 250, 31]], [[1, 3, 6]]
+    exact, rounded = TokenTeacher(llama), TokenTeacher(llama, precision=precision)
+    (a,), (b,) = (teacher.top(ids, wanted, 300, 1.0) for teacher in (exact, rounded))
+    assert rounded.precision in ("fp32", "bf16")
+    for one, other in ((a, b), (b, a)):
+        assert np.isclose(np.exp(one.logs).sum(-1), 1, atol=1e-5).all()
+        logs = np.empty_like(other.logs)
+        np.put_along_axis(logs, other.ids, other.logs, -1)
+        divergence = (np.exp(one.logs) * (one.logs - np.take_along_axis(logs, one.ids, -1))).sum(-1)
+        assert (divergence < 1e-3).all()
+    if precision == "bf16":
+        assert not np.array_equal(a.logs, b.logs), "nothing was rounded"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_is_kept_is_the_teachers_distribution(llama: Path, tmp_path: Path, temperature: float) -> None:
     dataset = chats(tmp_path / "data", 1)

@@ -395,13 +395,21 @@ def keep_signals(context: Context, answers: Dataset, teacher: Checkpoint, number
             temperature=temperature,
             max_tokens=recipe.train.max_tokens,
         )
-        keep_token_signals(plan, lambda: TokenTeacher(teacher.path), draft, progress=context.progress)
+        precision = recipe.train.precision
+        keep_token_signals(
+            plan, lambda: TokenTeacher(teacher.path, precision=precision), draft, progress=context.progress
+        )
 
     return context.stage(
         _numbered("signals", number),
         Signals,
         {"answers": answers, "teacher": teacher},
-        {"top_k": top_k, "temperature": temperature, "max_tokens": recipe.train.max_tokens},
+        {
+            "top_k": top_k,
+            "temperature": temperature,
+            "max_tokens": recipe.train.max_tokens,
+            "precision": recipe.train.precision,
+        },
         [
             "slmops.distill.token_signals",
             "slmops.runtime.token_teacher",
