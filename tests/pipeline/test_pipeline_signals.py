@@ -79,9 +79,9 @@ def test_two_teachers_of_labels(place: Place, tmp_path: Path) -> None:
     assert len([name for name in students[0].manifest.inputs if name.startswith("answers")]) == 2
 
 
-def test_a_linear_teacher_beside_a_language_model(place: Place, tmp_path: Path) -> None:
+def test_a_linear_teacher_and_the_student_itself_beside_a_language_model(place: Place, tmp_path: Path) -> None:
     raw = place.raw(train={"epochs": 1})
-    raw["teacher"] = [{**raw["teacher"], "adapt_epochs": 1}, {"model": "linear"}]
+    raw["teacher"] = [{**raw["teacher"], "adapt_epochs": 1}, {"model": "linear"}, {"model": "untaught"}]
     with Store.open(tmp_path) as store:
         context = context_of(parse_recipe(raw), store)
         data = prepare_data(context)
@@ -94,13 +94,17 @@ def test_a_linear_teacher_beside_a_language_model(place: Place, tmp_path: Path) 
         assert right / len(rows) == linear.manifest.metrics["validation_accuracy"] > 0.5
         answers = ask_for_answers(context, data, make_teacher(context, data))
         student = make_student(context, "student", answers, taught=True, data=data)
-    assert {"answers", "answers-2"} <= student.manifest.inputs.keys()
+        untaught = make_student(context, "untaught", data, taught=False)
+        third = ask_for_answers(context, data, make_teacher(context, data, 3), 3)
+    assert {"answers", "answers-2", "answers-3"} <= student.manifest.inputs.keys()
+    assert third.manifest.inputs["teacher"] == untaught.digest
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"teacher": {"model": "linear"}}, "first teacher has to be a language model"),
+        ({"teacher": {"model": "untaught"}}, "first teacher has to be a language model"),
         ({"task": "generation", "teachers": [{"model": "linear"}]}, "knows labels alone"),
     ],
 )

@@ -110,7 +110,11 @@ def check_fits(context: Context) -> None:
 
 
 def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint | None:
-    """The local teacher, adapted to the task; None where a server teaches. ``number`` 2 and more: a further one."""
+    """The local teacher, adapted to the task; None where a server teaches. ``number`` 2 and more: a further one.
+
+    The student itself, on the labels alone, as a further teacher: T. Furlanello et al., "Born Again Neural Networks",
+    arXiv:1805.04770.
+    """
     from slmops.train import adapt_classifier, adapt_generator, train_linear
 
     recipe = context.recipe
@@ -118,7 +122,9 @@ def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint
     if config.remote:
         return None
     name = _numbered("teacher", number)
-    if config.linear:
+    if config.model == "untaught":
+        return make_student(context, "untaught", data, taught=False)
+    if config.model == "linear":
         return context.stage(
             name,
             Checkpoint,
