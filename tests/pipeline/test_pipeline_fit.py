@@ -69,7 +69,7 @@ def test_a_search_under_a_budget_end_to_end(place: Place, tmp_path: Path) -> Non
 
 
 def test_what_cannot_fit_is_not_trained(place: Place, tmp_path: Path) -> None:
-    recipe = parse_recipe({**raw(place, rungs=1), "budget": {"size_mb": 0.09}})
+    recipe = parse_recipe({**raw(place, rungs=1), "budget": {"size_mb": 0.06}})
     with Store.open(tmp_path) as store:
         result = run_recipe(recipe, store)
     found = result.report["search"]
