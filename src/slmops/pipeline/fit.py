@@ -276,8 +276,10 @@ def whole_epochs(recipe: Recipe) -> float:
 
 
 def _point(candidate: Candidate) -> Point:
-    costs = (candidate.size_bytes, candidate.measurement.latency_ms["p50"], candidate.measurement.memory_bytes_peak)
-    return Point(candidate.id, candidate.scores.value, tuple(map(float, costs)))
+    measured = candidate.measurement
+    # To two digits: what was measured a moment apart differs in the third.
+    noisy = (float(f"{value:.2g}") for value in (measured.latency_ms["p50"], measured.memory_bytes_peak))
+    return Point(candidate.id, candidate.scores.value, (float(candidate.size_bytes), *noisy))
 
 
 def _told(

@@ -27,7 +27,7 @@ class FitDot:
 
 @dataclass(frozen=True)
 class FitPlot:
-    """Score over size. ``line``: through the front; ``limit``: where the budget's size lies, if in sight."""
+    """Score over size. ``line``: the best score of at most that size; ``limit``: the size in the budget, if in sight."""
 
     height: int
     bottom: float
@@ -89,9 +89,21 @@ def _plot(tried: Sequence[Mapping[str, Any]], chosen: str, limit_bytes: float | 
         )
         for one in sorted(tried, key=lambda one: one["front"])
     ]
-    stairs = sorted(((dot.x, dot.y) for dot in dots if dot.kind == "front"), key=lambda at: at[0])
+    stairs = _best_by_size([(one["size_bytes"], one["score"]["value"]) for one in tried])
+    line = [(x.at(size), y.at(score)) for size, score in stairs]
     limit = None if limit_bytes is None or not x.low <= limit_bytes <= x.high else x.at(limit_bytes)
-    return FitPlot(HEIGHT, bottom, x.ticks(words.size), y.ticks(lambda value: f"{100 * value:g}"), dots, stairs, limit)
+    return FitPlot(HEIGHT, bottom, x.ticks(words.size), y.ticks(lambda value: f"{100 * value:g}"), dots, line, limit)
+
+
+def _best_by_size(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the stairs: size and the best score of at most that size."""
+    corners: list[tuple[float, float]] = []
+    for size, score in sorted(found, key=lambda pair: (pair[0], -pair[1])):
+        if not corners:
+            corners.append((size, score))
+        elif score > corners[-1][1]:
+            corners += [(size, corners[-1][1]), (size, score)]
+    return corners
 
 
 def _row(one: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
