@@ -588,13 +588,13 @@ class Recipe(Section):
                 f"teacher.model is {teacher.model}, but the first teacher has to be a language model: its tokenizer "
                 f"and its weights are what the student starts from; name {teacher.model} among teachers"
             )
-        for other in self.teachers:
-            if other.own and not self.closed:
+        for further in self.teachers:
+            if further.own and not self.closed:
                 raise ValueError(
-                    f"a teacher is {other.model}, which knows labels alone, and the answers of {self.task} are texts"
+                    f"a teacher is {further.model}, which knows labels alone, and the answers of {self.task} are texts"
                 )
-            if other.own and self.data.target is None:
-                raise ValueError(f"a teacher is {other.model}, which learns from labels, and data.target is null")
+            if further.own and self.data.target is None:
+                raise ValueError(f"a teacher is {further.model}, which learns from labels, and data.target is null")
         if self.closed and not teacher.remote and (teacher.samples > 1 or teacher.new_prompts):
             key = "samples" if teacher.samples > 1 else "new_prompts"
             raise ValueError(
