@@ -27,7 +27,7 @@ class FitDot:
 
 @dataclass(frozen=True)
 class FitPlot:
-    """Score over size. ``line``: the best score of at most that size; ``limit``: the size in the budget, if in sight."""
+    """Score over size. ``line``: the best score of at most that size; ``limit``: the size in the budget."""
 
     height: int
     bottom: float
