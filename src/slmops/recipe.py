@@ -410,8 +410,14 @@ Values = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choi
 
 
 class SearchConfig(Section):
-    """Which keys of student, distill and train are searched, and how. The measure is the student's validation loss."""
+    """Which keys of student, distill and train are searched, and how. The measure is the student's validation loss, or
+    the budget and the gates."""
 
+    goal: Literal["loss", "budget"] = Field(
+        "loss",
+        description="loss: the lowest validation loss; budget: the smallest and fastest student, in any of "
+        "compress.precisions, that keeps the gates and the budget",
+    )
     space: Annotated[dict[str, Values], Field(min_length=1)] = Field(
         description="recipe key -> {low, high, log, step}, or a list to choose from"
     )
@@ -424,6 +430,21 @@ class SearchConfig(Section):
         None, description="no new trial is begun after this; run again, and the search goes on"
     )
     processes: Annotated[int, Field(gt=0, le=64)] = Field(1, description="trials at once, each in its own process")
+    rungs: Annotated[int, Field(gt=0, le=6)] = Field(
+        3, description="goal budget: rounds of training; each keeps a third of the students and trains them 3 × longer"
+    )
+    rows: Annotated[int, Field(gt=0)] | None = Field(
+        300, description="goal budget: validation rows that a student is judged by; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _check_goal(self) -> SearchConfig:
+        if self.goal == "budget" and self.processes > 1:
+            raise ValueError(
+                f"search.processes is {self.processes}, but with search.goal budget students are measured, and those "
+                "that train beside would make them look slow"
+            )
+        return self
 
 
 class CompressConfig(Section):

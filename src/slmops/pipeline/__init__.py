@@ -8,6 +8,7 @@ and no more.
 
     teach   data, teacher, answers, student
     search  which values of the student's keys are best, where the recipe asks
+    fit     the same with the budget as its goal
     prove   export, score, measure, judge
     ship    bundle, and the folder where a person finds it
 """
@@ -28,6 +29,7 @@ from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
 from slmops.pipeline.azureml.job import STAGES
 from slmops.pipeline.context import Context
+from slmops.pipeline.fit import find_smallest
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.search import find_best
 from slmops.pipeline.ship import make_place, package, publish, write_recipe
@@ -179,7 +181,8 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     answers = ask_for_answers(context, data, teacher)
     yield "answers", {"answers": answers}
     if context.recipe.search is not None:
-        found = find_best(context, data, answers, teacher)
+        find = find_best if context.recipe.search.goal == "loss" else find_smallest
+        found = find(context, data, answers, teacher)
         context.go_on_with(found.recipe)
         context.search, context.wall_s["search"] = found.summary, found.wall_s
         context.reused &= found.reused

@@ -92,8 +92,8 @@ def _measured(context: Context, data: Dataset, teacher: Checkpoint | None, stude
         variants[f"{who}-torch"] = as_trained(context, who, checkpoint)
         variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
         checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
-    scores = {name: _scores(context, name, variant, data) for name, variant in variants.items()}
-    measurements = _measure(context, variants, data)
+    scores = {name: score_variant(context, name, variant, data) for name, variant in variants.items()}
+    measurements = measure_variants(context, variants, data)
     return {
         name: _Measured(
             variant, checkpoints[name], Candidate(name, variant.model_bytes, scores[name], measurements[name])
@@ -146,11 +146,18 @@ def exported(context: Context, who: str, checkpoint: Checkpoint, precision: Prec
     )
 
 
-def _scores(context: Context, who: str, variant: Variant, data: Dataset) -> Scores:
+def score_variant(
+    context: Context, who: str, variant: Variant, data: Dataset, *, split: str = "test", most_rows: int | None = None
+) -> Scores:
+    """The answers of ``variant`` to the labelled rows of ``split``, at most ``most_rows`` of them where it is not the
+    test split (of that one as many as the recipe says)."""
     recipe = context.recipe
 
     def build(draft: Draft) -> None:
-        rows = context.test_rows(data)
+        if split == "test":
+            rows = context.test_rows(data)
+        else:
+            rows = [row for row in data.rows(split) if row.target is not None][:most_rows]
         report = partial(_rename, context.progress, f"score {who}")
         threads = recipe.evaluate.threads
         if recipe.closed:
@@ -172,17 +179,21 @@ def _scores(context: Context, who: str, variant: Variant, data: Dataset) -> Scor
         _write_report(draft, scores.to_json())
 
     report = context.stage(
-        f"score-{who}",
+        f"score-{who}" if split == "test" else f"score-{split}-{who}",
         Report,
         {"variant": variant, "data": data},
-        {"rows": recipe.evaluate.max_rows, "max_new_tokens": recipe.evaluate.max_new_tokens},
+        {
+            "rows": recipe.evaluate.max_rows if split == "test" else most_rows,
+            "max_new_tokens": recipe.evaluate.max_new_tokens,
+            **({} if split == "test" else {"split": split}),
+        },
         [*SCORING, "slmops.runtime"],
         build,
     )
     return Scores.from_json(report.content)
 
 
-def _measure(context: Context, variants: Mapping[str, Variant], data: Dataset) -> dict[str, Measurement]:
+def measure_variants(context: Context, variants: Mapping[str, Variant], data: Dataset) -> dict[str, Measurement]:
     recipe = context.recipe
 
     def build(draft: Draft) -> None:
@@ -241,7 +252,7 @@ def _baselines(context: Context, data: Dataset, untaught: Checkpoint | None) -> 
     if untaught is not None:
         variant = as_trained(context, "untaught", untaught)
         entries["untaught"] = BaselineEntry(
-            _scores(context, "untaught", variant, data),
+            score_variant(context, "untaught", variant, data),
             DESCRIPTIONS["untaught"],
             size_bytes=variant.model_bytes,
             artifact=variant.digest,

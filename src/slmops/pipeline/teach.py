@@ -546,7 +546,7 @@ def check_engines(context: Context) -> None:
         from slmops.train.generator.olive import check_olive
 
         check_olive(quantized=train.method == "qlora")
-    if context.recipe.search is not None:
+    if context.recipe.search is not None and context.recipe.search.goal == "loss":
         from slmops.train.search import check_optuna
 
         check_optuna()

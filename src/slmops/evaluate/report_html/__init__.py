@@ -10,6 +10,7 @@ Not covered: keys that a later version of the report may add. ::
     figures the four large figures, rows of tables
     charts  where dots, lines and labels of the plots lie
     search_charts   the same for a search: its history, importances, slices
+    fit_charts      the same for a search under a budget: every student, and those that nothing beats
     *.jinja the page
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from slmops.evaluate.report_html import charts, figures, search_charts, words
+from slmops.evaluate.report_html import charts, figures, fit_charts, search_charts, words
 
 _OPTIONAL: Mapping[str, Any] = {
     "data": None,
@@ -57,6 +58,7 @@ def render_report(report: Mapping[str, Any]) -> str:
             latency=charts.latency(report),
             losses=charts.losses(report),
             search=search_charts.search(report),
+            fit=fit_charts.fit(report),
         )
     )
 

@@ -65,7 +65,7 @@ def _round_steps(low: float, high: float, most: int = 6) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_axis(values: Sequence[float], start: float, end: float) -> Axis:
+def size_axis(values: Sequence[float], start: float, end: float) -> Axis:
     spread = math.log10(max(values) / min(values))
     pad = 10 ** max(0.08 * spread, 0.25)
     return Axis(min(values) / pad, max(values) * pad, start, end, log=True)
@@ -158,7 +158,7 @@ def tradeoff(report: Report, height: int = 300) -> Tradeoff | None:
     flat = {entry["id"]: entry for entry in found if not entry["size_bytes"]} | dict(report["baselines"])
     near, far = _near_and_far(flat, sized)
     bottom = height - 38
-    x = _log_axis([entry["size_bytes"] for entry in sized], LEFT, WIDTH - RIGHT)
+    x = size_axis([entry["size_bytes"] for entry in sized], LEFT, WIDTH - RIGHT)
     y = _share_axis(sized, [entry["score"]["value"] for entry in near.values()], bottom, 26)
     spots = {entry["id"]: _spot(entry, x, y) for entry in sized}
     taken = [Box(left - 6, middle - 6, left + 6, middle + 6) for left, middle, _, _ in spots.values()]
@@ -260,7 +260,7 @@ def latency(report: Report) -> Latency | None:
         return None
     left = 14 + GLYPH * max(len(entry["id"]) for entry in measured)
     both = [entry["latency_ms"][key] for entry in measured for key in ("p50", "p95")]
-    x = _log_axis(both, left, WIDTH - RIGHT)
+    x = size_axis(both, left, WIDTH - RIGHT)
     step = 34
     spans = [
         Span(

@@ -53,9 +53,9 @@ class SearchPlots:
 
 
 def search(report: Report) -> SearchPlots | None:
-    """None where the run had no search."""
+    """None where the run had no search for the lowest loss."""
     found = report.get("search")
-    if not found:
+    if not found or found.get("goal") == "budget":
         return None
     drawn = [trial for trial in found["trials"] if trial["loss"] is not None]
     y = _loss_axis([trial["loss"] for trial in drawn], HISTORY_HEIGHT - 38)
