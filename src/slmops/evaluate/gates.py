@@ -111,7 +111,9 @@ def budget_gates(
     ``estimate``  the model on the budget's device: latency and tokens a second are then judged by it, and say so
     """
     budget = budget.with_device()
-    latency, latency_note = _moved(measurement.latency_ms["p95"], estimate and estimate.latency_ms["p95"], estimate)
+    latency, latency_note = _moved(
+        measurement.latency_ms["p95"], estimate.latency_ms["p95"] if estimate else None, estimate
+    )
     gates = []
     if budget.size_mb is not None:
         gates.append(at_most("size_mb", size_bytes / MB, budget.size_mb, "MB"))
@@ -128,7 +130,7 @@ def budget_gates(
     if budget.latency_ms_p95 is not None:
         gates.append(at_most("latency_ms_p95", latency, budget.latency_ms_p95, "ms", latency_note))
     if budget.tokens_per_s is not None and measurement.tokens_per_s is not None:
-        speed, note = _moved(measurement.tokens_per_s, estimate and estimate.tokens_per_s, estimate)
+        speed, note = _moved(measurement.tokens_per_s, estimate.tokens_per_s if estimate else None, estimate)
         gates.append(at_least("tokens_per_s", speed, budget.tokens_per_s, "tokens/s", note))
     return gates
 

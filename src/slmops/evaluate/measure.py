@@ -335,9 +335,9 @@ class Child:
                 f"{who} gave no answer for {self.timeout_s:g} s and was stopped.{last_words}",
                 remedy="Measure fewer or shorter requests, or give it more time.",
             )
-        if self._limits is not None and self._limits.memory_bytes is not None:
-            if code == -signal.SIGKILL or self._refused_memory(last_words):
-                return self._does_not_fit(last_words.strip())
+        limited = self._limits is not None and self._limits.memory_bytes is not None
+        if limited and (code == -signal.SIGKILL or self._refused_memory(last_words)):
+            return self._does_not_fit(last_words.strip())
         if code == -signal.SIGKILL:
             return MemoryBudgetError(
                 f"{who} was killed (SIGKILL), most likely because memory ran out.{last_words}",
@@ -351,7 +351,8 @@ class Child:
         return limited and any(sign.lower() in said.lower() for sign in _NO_MEMORY)
 
     def _does_not_fit(self, said: str) -> DoesNotFitError:
-        assert self._limits is not None and self._limits.memory_bytes is not None
+        assert self._limits is not None
+        assert self._limits.memory_bytes is not None
         return DoesNotFitError(
             f"{self.path} does not run in {self._limits.memory_bytes / 1e6:.0f} MB. {said}",
             name=self.name,

@@ -23,6 +23,7 @@ Python included.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -116,7 +117,7 @@ class GeneratorTurns:
         return {
             "latency_ms": (time.perf_counter() - started) * 1e3,
             "ttft_ms": (moments[0] - started) * 1e3 if moments else None,
-            "gaps_ms": [(after - before) * 1e3 for before, after in zip(moments, moments[1:], strict=False)],
+            "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(moments)],
             "tokens": tokens,
             "prompt_tokens": prompt_tokens,
         }
