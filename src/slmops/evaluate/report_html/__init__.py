@@ -30,6 +30,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "classes": (),
     "confusions": (),
     "search": None,
+    "drift": (),
+    "closest_in_words": (),
 }
 
 
@@ -57,6 +59,7 @@ def render_report(report: Mapping[str, Any]) -> str:
             latency=charts.latency(report),
             losses=charts.losses(report),
             search=search_charts.search(report),
+            device=figures.device(report),
         )
     )
 
