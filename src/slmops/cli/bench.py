@@ -108,14 +108,16 @@ def settings_of(options: Mapping[str, Any]) -> BenchSettings:
     from slmops.hardware import device_profile
 
     profile = device_profile(options["device"]) if options["device"] else None
-    memory_mb = options["memory_mb"] or (profile and profile.model_memory_mb)
+    memory_mb = options["memory_mb"] or (profile.model_memory_mb if profile else None)
     settings = BenchSettings(
         requests=options["requests"],
         max_tokens=options["max_tokens"],
         at_once=whole_numbers("--at-once", options["at_once"]),
         lengths=whole_numbers("--lengths", options["lengths"]),
         threads=options["threads"],
-        limits=Limits(int(memory_mb * 1e6) if memory_mb else None, options["cores"] or (profile and profile.cores)),
+        limits=Limits(
+            int(memory_mb * 1e6) if memory_mb else None, options["cores"] or (profile.cores if profile else None)
+        ),
     )
     return settings.quick() if options["quick"] else settings
 
@@ -199,7 +201,7 @@ def show(reports: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from slmops.evaluate.bench import machine_in_words
+    from slmops.evaluate.bench import held_in_words, machine_in_words, table_rows
 
     console = Console(highlight=False)
     columns = [(number, model) for number, report in enumerate(reports) for model in report["models"]]
@@ -215,7 +217,7 @@ def show(reports: Sequence[Mapping[str, Any]]) -> None:
     for number, model in columns:
         prefix = f"[{number + 1}] " if len(reports) > 1 else ""
         table.add_column(f"{prefix}{model['name']}", justify="right")
-    for label, cells in rows([model for _, model in columns]):
+    for label, cells in table_rows([model for _, model in columns]):
         table.add_row(label, *cells)
     console.print(table)
     for _, model in columns:
@@ -223,89 +225,3 @@ def show(reports: Sequence[Mapping[str, Any]]) -> None:
             console.print(note, markup=False)
     if any(model.get("on_device") for _, model in columns):
         console.print("Lines with ≈ are estimates for the device, not measurements.", style="dim")
-
-
-def held_in_words(limits: Mapping[str, Any]) -> str:
-    parts = []
-    if limits.get("cores"):
-        parts.append(f"{limits['cores']} cores at most")
-    if limits.get("memory_bytes"):
-        parts.append(f"{limits['memory_bytes'] / 1e6:,.0f} MB")
-    return f"; held to {', '.join(parts)}" if parts else ""
-
-
-def rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Lines of the table; those that nobody has are left out."""
-    lines = [
-        ("engine", [" ".join(part for part in (m["engine"], m["precision"]) if part) for m in models]),
-        ("size on disk", [megabytes(m["size_bytes"]) for m in models]),
-        ("loading", [seconds(m["load_s"]) for m in models]),
-        ("first text p50 / p95 / p99", [three(m["ttft_ms"]) for m in models]),
-        ("per token p50 / p95 / p99", [three(m["per_token_ms"]) for m in models]),
-        ("answer p50 / p95 / p99", [three(m["latency_ms"]) for m in models]),
-        ("tokens/s, one request", [number(m["tokens_per_s"]) for m in models]),
-    ]
-    for count in dict.fromkeys(one["requests"] for m in models for one in m["at_once"]):
-        found = [next((one for one in m["at_once"] if one["requests"] == count), {}) for m in models]
-        lines.append((f"tokens/s, {count} at once", [number(one.get("tokens_per_s")) for one in found]))
-        lines.append((f"answers/s, {count} at once", [number(one.get("answers_per_s")) for one in found]))
-    for words in dict.fromkeys(one["words"] for m in models for one in m["by_length"]):
-        found = [next((one for one in m["by_length"] if one["words"] == words), {}) for m in models]
-        lines.append((f"{words} words in: tokens", [number(one.get("prompt_tokens")) for one in found]))
-        lines.append((f"{words} words in: first text", [milliseconds(one.get("ttft_ms")) for one in found]))
-        lines.append((f"{words} words in: answer", [milliseconds(one.get("latency_ms")) for one in found]))
-    lines += [
-        ("memory, its own and swap", [megabytes(m["memory"]["anon_swap_bytes"]) for m in models]),
-        ("memory, peak", [megabytes(m["memory"]["peak_bytes"] or m["memory"]["peak_bytes_single"]) for m in models]),
-        ("processor (100 % = a core)", [f"{m['cpu_percent']:.0f} %" for m in models]),
-        ("energy per answer", [energy(m["energy"]) for m in models]),
-    ]
-    there = [m.get("on_device") or {} for m in models]
-    device = next((one["device"] for one in there if one), "")
-    lines += [
-        (f"≈ {device}: answer p95", [span(one.get("latency_ms", {}).get("p95"), " ms") for one in there]),
-        (f"≈ {device}: tokens/s", [span(one.get("tokens_per_s")) for one in there]),
-        (f"≈ {device}: memory", [f"{100 * one['memory_share']:.0f} % of its" if one else "" for one in there]),
-        (f"≈ {device}: loading", [span(one.get("load_s"), " s") for one in there]),
-    ]
-    return [(label, cells) for label, cells in lines if any(cells)]
-
-
-def megabytes(value: float | None) -> str:
-    if not value:
-        return ""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
-
-
-def seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} s"
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def milliseconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def three(found: Mapping[str, float] | None) -> str:
-    return (
-        " / ".join(milliseconds(found[key]).removesuffix(" ms") for key in ("p50", "p95", "p99")) + " ms"
-        if found
-        else ""
-    )
-
-
-def energy(found: Mapping[str, Any]) -> str:
-    return f"{found['joules_per_answer']:.3g} J" if found["available"] else "not told"
-
-
-def span(estimate: Mapping[str, float] | None, unit: str = "") -> str:
-    if not estimate:
-        return ""
-    return f"{number(estimate['value'])}{unit} ({number(estimate['low'])}–{number(estimate['high'])})"

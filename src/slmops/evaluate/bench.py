@@ -395,3 +395,95 @@ def machine_in_words(machine: Mapping[str, Any]) -> str:
     memory = machine.get("memory_bytes")
     held = f", {memory / 1e9:.0f} GB" if memory else ""
     return f"{machine['cpu']}, {machine['cores']} cores{held}, {machine['os']}"
+
+
+# --- for people ---------------------------------------------------------------------------------------------------
+
+
+def held_in_words(limits: Mapping[str, Any]) -> str:
+    parts = []
+    if limits.get("cores"):
+        parts.append(f"{limits['cores']} cores at most")
+    if limits.get("memory_bytes"):
+        parts.append(f"{limits['memory_bytes'] / 1e6:,.0f} MB")
+    return f"; held to {', '.join(parts)}" if parts else ""
+
+
+def table_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Lines of the table for people, a cell a model; those that nobody has are left out."""
+    lines = [
+        ("engine", [" ".join(part for part in (m["engine"], m["precision"]) if part) for m in models]),
+        ("size on disk", [_megabytes(m["size_bytes"]) for m in models]),
+        ("loading", [_seconds(m["load_s"]) for m in models]),
+        ("first text, ms: p50 / p95 / p99", [_three(m["ttft_ms"]) for m in models]),
+        ("per token, ms: p50 / p95 / p99", [_three(m["per_token_ms"]) for m in models]),
+        ("answer, ms: p50 / p95 / p99", [_three(m["latency_ms"]) for m in models]),
+        ("tokens/s, one request", [_number(m["tokens_per_s"]) for m in models]),
+    ]
+    for count in dict.fromkeys(one["requests"] for m in models for one in m["at_once"]):
+        found = [_entry(m["at_once"], "requests", count) for m in models]
+        lines.append((f"tokens/s, {count} at once", [_number(one.get("tokens_per_s")) for one in found]))
+        lines.append((f"answers/s, {count} at once", [_number(one.get("answers_per_s")) for one in found]))
+    for words in dict.fromkeys(one["words"] for m in models for one in m["by_length"]):
+        found = [_entry(m["by_length"], "words", words) for m in models]
+        lines.append((f"{words} words in: tokens", [_number(one.get("prompt_tokens")) for one in found]))
+        lines.append((f"{words} words in: first text", [_milliseconds(one.get("ttft_ms")) for one in found]))
+        lines.append((f"{words} words in: answer", [_milliseconds(one.get("latency_ms")) for one in found]))
+    lines += [
+        ("memory, its own and swap", [_megabytes(m["memory"]["anon_swap_bytes"]) for m in models]),
+        ("memory, peak", [_megabytes(m["memory"]["peak_bytes"] or m["memory"]["peak_bytes_single"]) for m in models]),
+        ("processor (100 % = a core)", [f"{m['cpu_percent']:.0f} %" for m in models]),
+        ("energy per answer", [_joules(m["energy"]) for m in models]),
+    ]
+    there = [m.get("on_device") or {} for m in models]
+    device = " or ".join(dict.fromkeys(one["device"] for one in there if one))
+    lines += [
+        (f"≈ {device}: answer p95", [_span(one.get("latency_ms", {}).get("p95"), " ms") for one in there]),
+        (f"≈ {device}: tokens/s", [_span(one.get("tokens_per_s")) for one in there]),
+        (f"≈ {device}: memory", [f"{100 * one['memory_share']:.0f} % of its" if one else "" for one in there]),
+        (f"≈ {device}: loading", [_span(one.get("load_s"), " s") for one in there]),
+    ]
+    return [(label, cells) for label, cells in lines if any(cells)]
+
+
+def _entry(entries: Sequence[Mapping[str, Any]], key: str, value: int) -> Mapping[str, Any]:
+    return next((one for one in entries if one[key] == value), {})
+
+
+def _megabytes(value: float | None) -> str:
+    if not value:
+        return ""
+    unit, scale = next(pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)) if value >= pair[1])
+    return f"{value / scale:,.{2 if scale == 1e9 else 1}f} {unit}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _three(found: Mapping[str, float] | None) -> str:
+    if not found:
+        return ""
+    return " / ".join(_milliseconds(found[key]).removesuffix(" ms") for key in ("p50", "p95", "p99"))
+
+
+def _joules(found: Mapping[str, Any]) -> str:
+    return f"{found['joules_per_answer']:.3g} J" if found["available"] else "not told"
+
+
+def _span(estimate: Mapping[str, float] | None, unit: str = "") -> str:
+    if not estimate:
+        return ""
+    return f"{_number(estimate['value'])}{unit} ({_number(estimate['low'])}–{_number(estimate['high'])})"

@@ -261,7 +261,11 @@ def run(job: dict[str, Any], orders: Iterator[str], answer: IO[str], opener: Cal
         }
     )
     for line in orders:
-        say(take_turn(turns, json.loads(line)))
+        try:
+            answer_to = take_turn(turns, json.loads(line))
+        except SlmopsError as error:  # a request that this model cannot take; the next one may be another
+            answer_to = {"error": error.message, "remedy": error.remedy}
+        say(answer_to)
     turns.model.close()
 
 
