@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from slmops.errors import RecipeError
+from slmops.hardware import device_profile, device_profiles, known_devices
 
 Task = Literal["classification", "nli", "conversation", "qa", "math", "summarization", "extraction", "generation"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -485,13 +486,82 @@ class AzureMLConfig(Section):
     experiment: str | None = Field(None, description="null: the recipe's name")
 
 
-class BudgetConfig(Section):
-    """What the device can hold. None: no limit."""
+LEAST_MEMORY_MB = 30
+"""Python with onnxruntime and nothing to run takes more than this."""
 
-    device: str | None = None
-    size_mb: Annotated[float, Field(gt=0)] | None = None
-    memory_mb: Annotated[float, Field(gt=0)] | None = None
-    latency_ms_p95: Annotated[float, Field(gt=0)] | None = None
+
+class BudgetConfig(Section):
+    """What the device can hold. None: no limit. Megabytes are decimal."""
+
+    device: str | None = Field(
+        None,
+        description="raspberry-pi-4, raspberry-pi-5, jetson-orin-nano, phone, laptop or small-server: fills in size_mb "
+        "and memory_mb, limits the measured process, and has latency_ms_p95 and tokens_per_s judged by an estimate",
+    )
+    size_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="all files of the model")
+    memory_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="peak of the process, Python included")
+    latency_ms_p95: Annotated[float, Field(gt=0)] | None = Field(None, description="of single requests")
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="open tasks: new tokens a second of a single request, at least"
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, name: str | None) -> str | None:
+        if name is not None and name not in device_profiles():
+            raise ValueError(f"budget.device is {name!r}. {known_devices(name).removesuffix('.')}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_possible(self) -> BudgetConfig:
+        if self.memory_mb is not None and self.memory_mb < LEAST_MEMORY_MB:
+            raise ValueError(
+                f"budget.memory_mb is {self.memory_mb:g}: the process counts as a whole, and Python with onnxruntime "
+                f"takes more than {LEAST_MEMORY_MB} MB before any model is loaded"
+            )
+        return self
+
+    def with_device(self) -> BudgetConfig:
+        """This budget with the limits that ``device`` sets where nothing was written."""
+        if self.device is None:
+            return self
+        profile = device_profile(self.device)
+        return self.model_copy(
+            update={
+                "size_mb": profile.model_storage_mb if self.size_mb is None else self.size_mb,
+                "memory_mb": profile.model_memory_mb if self.memory_mb is None else self.memory_mb,
+            }
+        )
+
+
+class DriftLimits(Section):
+    """How far one step may move a model, on the task's own rows. null: shown, not judged."""
+
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="share of the predicted tokens (closed label sets: rows) whose likeliest answer is the same"
+    )
+    kl: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="mean divergence of the distribution after the step from the one before, nats"
+    )
+    answers_equal: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="share of the test rows with the same greedy answer"
+    )
+
+
+class DriftConfig(Section):
+    """What is compared after each step, and how much may change. ``gates.parity`` is about the task's score."""
+
+    rows: Annotated[int, Field(gt=0)] = Field(64, description="test rows whose distributions are compared")
+    tokens_equal: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the texts that both runtimes turn into the same tokens"
+    )
+    converted: DriftLimits = Field(
+        DriftLimits(top1_agreement=0.99, kl=0.01, answers_equal=None),
+        description="from torch to a graph of fp32 or fp16: the same model; a run stops where it is not",
+    )
+    quantized: DriftLimits = Field(
+        DriftLimits(top1_agreement=None, kl=None, answers_equal=None), description="to int8 or int4"
+    )
 
 
 class GatesConfig(Section):
@@ -502,6 +572,7 @@ class GatesConfig(Section):
     parity: Annotated[float, Field(ge=0, le=1)] = Field(
         0.02, description="score that one transformation may cost, as a share of the score before"
     )
+    drift: DriftConfig = DriftConfig()
 
 
 OLIVE_KNOWS = frozenset(
@@ -556,6 +627,11 @@ class Recipe(Section):
         if self.data.target is None and self.closed and not self.teacher.remote:
             raise ValueError(
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
+            )
+        if self.budget.tokens_per_s is not None and self.closed:
+            raise ValueError(
+                f"budget.tokens_per_s is for models that write text; the answers of {self.task} are labels: "
+                "use budget.latency_ms_p95"
             )
         if self.train.preferences and self.closed:
             raise ValueError(

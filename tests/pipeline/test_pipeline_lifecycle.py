@@ -24,7 +24,8 @@ from slmops.store import Store
 STAGES = {
     *("data", "teacher", "answers", "student", "untaught", "teacher-torch", "student-torch", "student-fp32"),
     *("student-int8", "untaught-torch", "score-teacher-torch", "score-student-torch", "score-student-fp32"),
-    *("score-student-int8", "score-untaught", "measure", "baselines", "report", "bundle"),
+    *("score-student-int8", "parity-student-fp32", "parity-student-int8", "score-untaught", "measure", "baselines"),
+    *("report", "bundle"),
 }
 
 

@@ -13,6 +13,8 @@ import typer
 
 from slmops import __version__
 from slmops.cli.adapters import adapters
+from slmops.cli.bench import EPILOG as BENCH_EPILOG
+from slmops.cli.bench import bench
 from slmops.cli.chat import chat
 from slmops.cli.data import data
 from slmops.cli.demo import demo
@@ -64,6 +66,7 @@ app.command()(data)
 app.command()(distill)
 app.command()(train)
 app.add_typer(adapters, name="adapters")
+app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)

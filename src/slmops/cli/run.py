@@ -135,6 +135,8 @@ def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> Non
         sign = "≥" if gate["direction"] == "at_least" else "≤"
         note = f"  [dim]{gate['note']}[/]" if gate["note"] else ""
         console.print(f" {mark} {gate['name']}: {gate['value']:.4g} (limit {sign} {gate['limit']:.4g}){note}")
+    for sentence in report.get("closest_in_words", ()):
+        console.print(sentence, markup=False)
     console.print(report["verdict"], markup=False)
     if reused:
         console.print("Everything was done before; nothing was done again.", style="dim")

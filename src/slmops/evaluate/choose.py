@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slmops.evaluate.estimate import DeviceEstimate
 from slmops.evaluate.gates import Gate, budget_gates, format_gate, parity_gate, retention_gate
 from slmops.evaluate.measure import Measurement
 from slmops.evaluate.scores import Scores
@@ -17,12 +18,18 @@ from slmops.recipe import BudgetConfig, GatesConfig
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant with what was found out about it. ``size_bytes``: all files that the device must hold."""
+    """A variant with what was found out about it. ``size_bytes``: all files that the device must hold.
+
+    ``estimate``  it on the budget's device, where the budget names one
+    ``drift``     gates over how far the steps to it moved the model (:mod:`slmops.evaluate.parity`)
+    """
 
     id: str
     size_bytes: int
     scores: Scores
     measurement: Measurement
+    estimate: DeviceEstimate | None = None
+    drift: tuple[Gate, ...] = ()
 
     @property
     def cost(self) -> tuple[float, int]:
@@ -46,7 +53,8 @@ def gates_of(
         retention_gate(last.scores, teacher, limits.retention),
         format_gate(last.scores, limits.format_valid),
         *steps,
-        *budget_gates(budget, last.size_bytes, last.measurement),
+        *last.drift,
+        *budget_gates(budget, last.size_bytes, last.measurement, last.estimate),
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slmops.evaluate.estimate import DeviceEstimate, Estimate
 from slmops.evaluate.measure import Measurement
 from slmops.evaluate.scores import Scores
 from slmops.evaluate.significance import PairedTest, compare
@@ -102,14 +103,54 @@ def _change_in_words(test: PairedTest) -> str:
     return f"{change}, {noise} ({p_in_words(test.p_value)})."
 
 
-def budget_gates(budget: BudgetConfig, size_bytes: int, measurement: Measurement) -> list[Gate]:
-    """One gate for each limit that the budget states."""
-    facts = (
-        ("size_mb", size_bytes / MB, budget.size_mb, "MB"),
-        ("memory_mb", measurement.memory_bytes_peak / MB, budget.memory_mb, "MB"),
-        ("latency_ms_p95", measurement.latency_ms["p95"], budget.latency_ms_p95, "ms"),
+def budget_gates(
+    budget: BudgetConfig, size_bytes: int, measurement: Measurement, estimate: DeviceEstimate | None = None
+) -> list[Gate]:
+    """One gate for each limit that the budget states, or that its device sets.
+
+    ``estimate``  the model on the budget's device: latency and tokens a second are then judged by it, and say so
+    """
+    budget = budget.with_device()
+    latency, latency_note = _moved(
+        measurement.latency_ms["p95"], estimate.latency_ms["p95"] if estimate else None, estimate
     )
-    return [at_most(name, value, limit, unit) for name, value, limit, unit in facts if limit is not None]
+    gates = []
+    if budget.size_mb is not None:
+        gates.append(at_most("size_mb", size_bytes / MB, budget.size_mb, "MB"))
+    if budget.memory_mb is not None:
+        gates.append(
+            at_most(
+                "memory_mb",
+                measurement.memory_bytes_peak / MB,
+                budget.memory_mb,
+                "MB",
+                _held_memory(measurement.limits),
+            )
+        )
+    if budget.latency_ms_p95 is not None:
+        gates.append(at_most("latency_ms_p95", latency, budget.latency_ms_p95, "ms", latency_note))
+    if budget.tokens_per_s is not None and measurement.tokens_per_s is not None:
+        speed, note = _moved(measurement.tokens_per_s, estimate.tokens_per_s if estimate else None, estimate)
+        gates.append(at_least("tokens_per_s", speed, budget.tokens_per_s, "tokens/s", note))
+    return gates
+
+
+def _moved(here: float, there: Estimate | None, estimate: DeviceEstimate | None) -> tuple[float, str]:
+    """The figure that is judged, and in words where it is from."""
+    if there is None or estimate is None:
+        return here, ""
+    return there.value, (
+        f"Estimate for {estimate.device}, expected from {there.low:.3g} to {there.high:.3g}; measured here {here:.3g}."
+    )
+
+
+def _held_memory(limits: Mapping[str, Any] | None) -> str:
+    if not limits or not limits.get("memory_bytes"):
+        return ""
+    held = f"{limits['memory_bytes'] / MB:,.0f} MB"
+    if limits.get("fits") is False:
+        return f"It did not run in {held}; measured without that limit."
+    return f"Measured in a process held to {held}."
 
 
 def p_in_words(p_value: float) -> str:

@@ -29,6 +29,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 
 from slmops.errors import MemoryBudgetError, ModelError
+from slmops.evaluate.limits import Limits, control_group
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.runtime import GenerationRequest
 
@@ -39,6 +40,8 @@ PROBE: tuple[str, ...] = (sys.executable, "-P", "-m", "slmops.evaluate.probe")
 THROUGHPUT_BATCH: Mapping[Form, int] = {"classifier": 32, "generator": 4}
 SETTLE_S = 0.05  # between turns: the threads of the model before still spin for a moment
 STDERR_LINES = 5
+_NO_MEMORY = ("bad_alloc", "bad allocation", "MemoryError", "cannot allocate memory", "can't allocate")
+"""What libraries say when the memory that they ask for is refused."""
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # a model folder stands alone: no hub is asked
 
 
@@ -57,6 +60,8 @@ class Measurement:
     ``threads``                   what the runtime was told; None: its own choice
     ``requests``                  single requests that were timed
     ``rounds_p50_ms``             median latency of each round, in order
+    ``limits``                    what the process was held to: ``{"memory_bytes", "memory_by", "cores"}``, and
+                                  ``"fits": False`` where it did not hold the model and had to be lifted
     """
 
     latency_ms: dict[str, float]
@@ -72,6 +77,7 @@ class Measurement:
     tokens_per_s: float | None = None
     batch_tokens_per_s: float | None = None
     ttft_ms: dict[str, float] | None = None
+    limits: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rounds_p50_ms": list(self.rounds_p50_ms)}
@@ -79,6 +85,14 @@ class Measurement:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Measurement:
         return cls(**{**raw, "rounds_p50_ms": tuple(raw["rounds_p50_ms"])})
+
+
+class DoesNotFitError(MemoryBudgetError):
+    """The model named ``name`` did not fit in the memory that it was held to."""
+
+    def __init__(self, message: str, *, name: str, remedy: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.name = name
 
 
 def measure(
@@ -90,6 +104,7 @@ def measure(
     warmup: int = 10,
     rounds: int = 5,
     limit_s: float | None = None,
+    limits: Limits | None = None,
     timeout_s: float = 1800.0,
     progress: ProgressSink = ignore,
     probe: Sequence[str] = PROBE,
@@ -103,6 +118,7 @@ def measure(
         warmup=warmup,
         rounds=rounds,
         limit_s=limit_s,
+        limits=None if limits is None else {"model": limits},
         timeout_s=timeout_s,
         progress=progress,
         probe=probe,
@@ -119,6 +135,7 @@ def measure_interleaved(
     rounds: int = 5,
     limit_s: float | None = None,
     throughput_s: float = 1.0,
+    limits: Mapping[str, Limits] | None = None,
     timeout_s: float = 1800.0,
     progress: ProgressSink = ignore,
     probe: Sequence[str] = PROBE,
@@ -133,12 +150,14 @@ def measure_interleaved(
     ``threads``    None: the runtime's choice
     ``limit_s``    seconds of single requests that one model may take in all; slower ones answer fewer requests,
                    at least three a round
+    ``limits``     name -> what its process is held to, as a device would
     ``timeout_s``  longest silence of a process before it is given up
     ``probe``      the command of the measured process (tests put their own here)
 
     Raises:
         ModelError: a process died or was silent too long; its last words are in the message.
         MemoryBudgetError: a process was killed, as the kernel does when memory runs out.
+        DoesNotFitError: a process did not get the memory that it asked for within its limit.
         ValueError: no requests, or no rounds.
     """
     if not requests or rounds < 1:
@@ -153,10 +172,11 @@ def measure_interleaved(
         progress(Progress("measure", done, steps, "turns", name))
 
     with contextlib.ExitStack() as stack:
-        children: dict[str, _Child] = {}
+        children: dict[str, Child] = {}
         for name, path in paths.items():
             job = {"path": str(path), "form": form, "threads": threads, "requests": raw_requests}
-            children[name] = stack.enter_context(_Child(path, job, probe, timeout_s))
+            held = (limits or {}).get(name)
+            children[name] = stack.enter_context(Child(path, job, probe, timeout_s, limits=held, name=name))
             children[name].order({"do": "warm", "first": 0, "count": warmup})
             step(name)
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
@@ -218,15 +238,27 @@ def _summarise(
         tokens_per_s=tokens / (sum(latency_ms) / 1e3) if tokens else None,
         batch_tokens_per_s=throughput["tokens"] / throughput["wall_s"] if throughput["tokens"] else None,
         ttft_ms=_percentiles(ttft_ms) if ttft_ms else None,
+        limits=opened.get("limits"),
     )
 
 
-class _Child:
-    """One measured process: opened on entry, gone on exit whatever happened."""
+class Child:
+    """One measured process: opened on entry, gone on exit whatever happened. ``opened``: its first answer."""
 
-    def __init__(self, path: Path, job: dict[str, Any], command: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        job: dict[str, Any],
+        command: Sequence[str] = PROBE,
+        timeout_s: float = 1800.0,
+        *,
+        limits: Limits | None = None,
+        name: str = "",
+    ) -> None:
         self.path = path
+        self.name = name or path.name
         self.timeout_s = timeout_s
+        self._limits = limits
         self.opened: dict[str, Any] = {}
         self._job = job
         self._command = command
@@ -236,6 +268,9 @@ class _Child:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slmops-measure-")))
+            if self._limits is not None:
+                group = stack.enter_context(control_group(self._limits.memory_bytes))
+                self._job |= {"limits": self._limits.to_json(), "group": str(group) if group else None}
             (folder / "job.json").write_text(json.dumps(self._job), "utf-8")
             self._stderr = stack.enter_context((folder / "stderr").open("w+b"))
             self._process = subprocess.Popen(
@@ -269,6 +304,8 @@ class _Child:
         if not line.endswith(b"\n"):
             raise self._death()
         answer = cast("dict[str, Any]", json.loads(line))
+        if "error" in answer and self._refused_memory(answer["error"]):
+            raise self._does_not_fit(answer["error"])
         if "error" in answer:
             raise ModelError(f"{self.path} could not be measured: {answer['error']}", remedy=answer["remedy"])
         return answer
@@ -298,6 +335,9 @@ class _Child:
                 f"{who} gave no answer for {self.timeout_s:g} s and was stopped.{last_words}",
                 remedy="Measure fewer or shorter requests, or give it more time.",
             )
+        limited = self._limits is not None and self._limits.memory_bytes is not None
+        if limited and (code == -signal.SIGKILL or self._refused_memory(last_words)):
+            return self._does_not_fit(last_words.strip())
         if code == -signal.SIGKILL:
             return MemoryBudgetError(
                 f"{who} was killed (SIGKILL), most likely because memory ran out.{last_words}",
@@ -305,6 +345,19 @@ class _Child:
             )
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return ModelError(f"{who} {how}.{last_words}")
+
+    def _refused_memory(self, said: str) -> bool:
+        limited = self._limits is not None and self._limits.memory_bytes is not None
+        return limited and any(sign.lower() in said.lower() for sign in _NO_MEMORY)
+
+    def _does_not_fit(self, said: str) -> DoesNotFitError:
+        assert self._limits is not None
+        assert self._limits.memory_bytes is not None
+        return DoesNotFitError(
+            f"{self.path} does not run in {self._limits.memory_bytes / 1e6:.0f} MB. {said}",
+            name=self.name,
+            remedy="Choose a smaller model, or allow it more memory.",
+        )
 
     def _stop(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

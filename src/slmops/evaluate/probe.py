@@ -3,11 +3,16 @@
 It opens one model and then does what its parent (:mod:`slmops.evaluate.measure`) says, one JSON object a line on
 standard input, answered by one JSON object a line on standard output:
 
-    (opened)                              -> {"load_s", "memory_bytes_loaded", "memory_bytes_peak", "threads"}
+    (opened)                              -> {"load_s", "memory_bytes_loaded", "memory_bytes_peak", "threads", "limits"}
     {"do": "warm", "first", "count"}      -> {}
     {"do": "latency", "first", "step", "limit_s"}
                                           -> {"latency_ms": [...], "ttft_ms": [...], "tokens", "memory_bytes_peak"}
     {"do": "throughput", "batch", "limit_s"}
+                                          -> {"answers", "tokens", "wall_s", "memory_bytes_peak"}
+
+    {"do": "ask", "requests", "limit_s"}  -> {"latency_ms", "ttft_ms", "gaps_ms", "prompt_tokens", "tokens": [...],
+                                              "wall_s", "cpu_s", "memory_bytes_peak", "memory_bytes_anon_swap"}
+    {"do": "ask_together", "requests", "limit_s"}
                                           -> {"answers", "tokens", "wall_s", "memory_bytes_peak"}
 
 The end of standard input ends it. A model that cannot be opened is answered with ``{"error", "remedy"}``.
@@ -18,15 +23,18 @@ Python included.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from slmops.artifacts import Message
 from slmops.errors import SlmopsError
+from slmops.evaluate.limits import Limits, apply_limits
 from slmops.runtime import Classifier, GenerationRequest, Generator
 
 LEAST_LATENCY_REQUESTS = 3  # a turn answers so many whatever its time limit, or it has no median
@@ -42,8 +50,11 @@ def memory_bytes(field: str) -> int:
             for line in status:
                 if line.startswith(field + ":"):
                     return int(line.split()[1]) * 1024
+        if field == "VmSwap":
+            return 0
     except FileNotFoundError:
-        pass
+        if field == "VmSwap":
+            return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,6 +71,18 @@ class ClassifierTurns:
     def one(self, index: int) -> tuple[float | None, int]:
         self.model.probabilities([self.requests[index % len(self.requests)]])
         return None, 0
+
+    def timed(self, request: Any) -> dict[str, Any]:
+        started = time.perf_counter()
+        self.model.probabilities([request])
+        latency_ms = (time.perf_counter() - started) * 1e3
+        count = getattr(self.model, "count_tokens", None)
+        prompt = int(count(request)) if count else 0
+        return {"latency_ms": latency_ms, "ttft_ms": None, "gaps_ms": [], "tokens": 0, "prompt_tokens": prompt}
+
+    def together(self, requests: list[Any]) -> int:
+        self.model.probabilities(list(requests))
+        return 0
 
     def many(self, first: int, count: int) -> int:
         self.model.probabilities([self.requests[(first + i) % len(self.requests)] for i in range(count)])
@@ -82,6 +105,26 @@ class GeneratorTurns:
             tokens = delta.completion_tokens or tokens
         return first_s, tokens
 
+    def timed(self, request: Any) -> dict[str, Any]:
+        """One answer with the time of each piece of text. Pieces are tokens, but for those that hold no text yet."""
+        started = time.perf_counter()
+        moments: list[float] = []
+        tokens = prompt_tokens = 0
+        for delta in self.model.stream(read_request(request)):
+            if delta.text:
+                moments.append(time.perf_counter())
+            tokens, prompt_tokens = delta.completion_tokens or tokens, delta.prompt_tokens or prompt_tokens
+        return {
+            "latency_ms": (time.perf_counter() - started) * 1e3,
+            "ttft_ms": (moments[0] - started) * 1e3 if moments else None,
+            "gaps_ms": [(after - before) * 1e3 for before, after in itertools.pairwise(moments)],
+            "tokens": tokens,
+            "prompt_tokens": prompt_tokens,
+        }
+
+    def together(self, requests: list[Any]) -> int:
+        return sum(answer.completion_tokens for answer in self.model.generate([read_request(raw) for raw in requests]))
+
     def many(self, first: int, count: int) -> int:
         batch = [self.requests[(first + i) % len(self.requests)] for i in range(count)]
         return sum(answer.completion_tokens for answer in self.model.generate(batch))
@@ -101,6 +144,10 @@ def take_turn(turns: Turns, order: dict[str, Any]) -> dict[str, Any]:
             return _latency(turns, order["first"], order["step"], order["limit_s"])
         case "throughput":
             return _throughput(turns, order["batch"], order["limit_s"])
+        case "ask":
+            return _ask(turns, order["requests"], order["limit_s"])
+        case "ask_together":
+            return _ask_together(turns, order["requests"], order["limit_s"])
         case unknown:
             raise ValueError(f"no such order: {unknown}")
 
@@ -134,6 +181,37 @@ def _throughput(turns: Turns, batch: int, limit_s: float) -> dict[str, Any]:
     return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": memory_bytes("VmHWM")}
 
 
+def _ask(turns: Turns, requests: list[Any], limit_s: float | None) -> dict[str, Any]:
+    """Each request once, one at a time, with all that can be timed of it."""
+    found: list[dict[str, Any]] = []
+    cpu_s, begun = time.process_time(), time.perf_counter()
+    for request in requests:
+        over = limit_s is not None and time.perf_counter() - begun > limit_s
+        if over and len(found) >= LEAST_LATENCY_REQUESTS:
+            break
+        found.append(turns.timed(request))
+    wall_s = time.perf_counter() - begun
+    return {
+        **{key: [one[key] for one in found] for key in ("latency_ms", "ttft_ms", "tokens", "prompt_tokens")},
+        "gaps_ms": [gap for one in found for gap in one["gaps_ms"]],
+        "wall_s": wall_s,
+        "cpu_s": time.process_time() - cpu_s,
+        "memory_bytes_peak": memory_bytes("VmHWM"),
+        "memory_bytes_anon_swap": memory_bytes("RssAnon") + memory_bytes("VmSwap"),
+    }
+
+
+def _ask_together(turns: Turns, requests: list[Any], limit_s: float) -> dict[str, Any]:
+    """All of ``requests`` at once, again and again until ``limit_s`` is over; at least once."""
+    answers = tokens = 0
+    started = time.perf_counter()
+    while not answers or time.perf_counter() - started < limit_s:
+        tokens += turns.together(requests)
+        answers += len(requests)
+    wall_s = time.perf_counter() - started
+    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": memory_bytes("VmHWM")}
+
+
 def read_request(raw: dict[str, Any]) -> GenerationRequest:
     return GenerationRequest(
         messages=tuple(Message(m["role"], m["content"]) for m in raw["messages"]),
@@ -149,6 +227,9 @@ def open_turns(job: dict[str, Any]) -> Turns:
     """Open the model that the job names, with the package's own runtimes."""
     from slmops import runtime
 
+    limited = (job.get("limits") or {}).get("cores")
+    if limited and job["threads"] is None and job["form"] == "generator":
+        job["threads"] = limited  # engines count the machine's cores, not those that this process may use
     if job["form"] == "classifier":
         return ClassifierTurns(runtime.open_classifier(job["path"], threads=job["threads"]), job["requests"])
     model = runtime.open_generator(job["path"], threads=job["threads"])
@@ -162,6 +243,8 @@ def run(job: dict[str, Any], orders: Iterator[str], answer: IO[str], opener: Cal
         answer.write(json.dumps(value) + "\n")
         answer.flush()
 
+    raw = job.get("limits") or {}
+    held = apply_limits(Limits(**raw), Path(job["group"]) if job.get("group") else None) if raw else None
     started = time.perf_counter()
     try:
         turns = opener(job)
@@ -174,10 +257,15 @@ def run(job: dict[str, Any], orders: Iterator[str], answer: IO[str], opener: Cal
             "memory_bytes_loaded": memory_bytes("RssAnon"),
             "memory_bytes_peak": memory_bytes("VmHWM"),
             "threads": job["threads"],
+            "limits": held,
         }
     )
     for line in orders:
-        say(take_turn(turns, json.loads(line)))
+        try:
+            answer_to = take_turn(turns, json.loads(line))
+        except SlmopsError as error:  # a request that this model cannot take; the next one may be another
+            answer_to = {"error": error.message, "remedy": error.remedy}
+        say(answer_to)
     turns.model.close()
 
 

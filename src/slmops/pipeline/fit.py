@@ -32,7 +32,7 @@ from slmops.evaluate.scores import Scores
 from slmops.evaluate.significance import compare
 from slmops.models import model_facts
 from slmops.pipeline.context import Context
-from slmops.pipeline.prove import as_trained, exported, measure_variants, score_variant
+from slmops.pipeline.prove import as_trained, estimate_variants, exported, measure_variants, score_variant
 from slmops.pipeline.search import Found
 from slmops.pipeline.teach import ask_for_answers, make_student
 from slmops.progress import Progress, ProgressSink
@@ -126,7 +126,7 @@ class _Search:
 
     def _possible(self, trial: _Trial) -> bool:
         """Whether the layers alone would fit, before anything is trained."""
-        limit = trial.recipe.budget.size_mb
+        limit = trial.recipe.budget.with_device().size_mb
         least = self._bytes_at_least(trial.recipe)
         if limit is None or least <= limit * MB:
             return True
@@ -177,16 +177,16 @@ class _Search:
         self, context: Context, trial: _Trial, student: Checkpoint
     ) -> dict[Precision, tuple[Candidate, list[Gate]]]:
         variants = {precision: exported(context, "student", student, precision) for precision in self.precisions}
-        measured = measure_variants(
-            context, {trial.id_of(precision): variant for precision, variant in variants.items()}, self.data
-        )
+        named = {trial.id_of(precision): variant for precision, variant in variants.items()}
+        measured = measure_variants(context, named, self.data)
+        estimates = estimate_variants(context, named, measured)
         judged: dict[Precision, tuple[Candidate, list[Gate]]] = {}
         for precision, variant in variants.items():
             name = trial.id_of(precision)
             scores = score_variant(
                 context, f"student-{precision}", variant, self.data, split=VALIDATION, most_rows=self.config.rows
             )
-            candidate = Candidate(name, variant.model_bytes, scores, measured[name])
+            candidate = Candidate(name, variant.model_bytes, scores, measured[name], estimates.get(name))
             way = [candidate]
             if precision != "fp32" and "fp32" in judged:
                 way.insert(0, judged["fp32"][0])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,20 @@ from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
 from slmops.evaluate.choose import Candidate, choose, gates_of
+from slmops.evaluate.closest import closest, closest_in_words
 from slmops.evaluate.cost import cost_per_1000, cost_per_1000_by_tokens
-from slmops.evaluate.gates import verdict
+from slmops.evaluate.estimate import DeviceEstimate, estimate_on
+from slmops.evaluate.gates import MB, verdict
+from slmops.evaluate.limits import Limits
 from slmops.evaluate.machine import machine_facts
-from slmops.evaluate.measure import Measurement, measure_interleaved
+from slmops.evaluate.measure import DoesNotFitError, Measurement, measure_interleaved
+from slmops.evaluate.parity import Parity, Step, advice, check_step, compare_models, drift_gates
 from slmops.evaluate.report_html import render_report
 from slmops.evaluate.scores import Scores, score_classifier, score_generator, score_predictions
 from slmops.evaluate.significance import compare
+from slmops.evaluate.speed import MachineSpeed, machine_speed
 from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report
+from slmops.hardware import device_profile
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
@@ -46,6 +52,7 @@ class _Measured:
     variant: Variant
     checkpoint: Checkpoint
     candidate: Candidate
+    parity: Parity | None = None
 
 
 def evaluate(
@@ -61,6 +68,7 @@ def evaluate(
     inputs: dict[str, Artifact | str] = {name: one.variant for name, one in measured.items()}
     inputs["data"] = data
     inputs["measurements"] = digest_json({name: one.candidate.measurement.to_json() for name, one in measured.items()})
+    inputs["drift"] = digest_json({name: one.parity.to_json() for name, one in measured.items() if one.parity})
     inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
     inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
     if context.search is not None:
@@ -93,10 +101,107 @@ def _measured(context: Context, data: Dataset, teacher: Checkpoint | None, stude
         variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
         checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
     scores = {name: score_variant(context, name, variant, data) for name, variant in variants.items()}
+    parities = _parities(context, variants, scores, data)
     measurements = measure_variants(context, variants, data)
+    estimates = estimate_variants(context, variants, measurements)
+    drift = context.recipe.gates.drift
     return {
         name: _Measured(
-            variant, checkpoints[name], Candidate(name, variant.model_bytes, scores[name], measurements[name])
+            variant,
+            checkpoints[name],
+            Candidate(
+                name,
+                variant.model_bytes,
+                scores[name],
+                measurements[name],
+                estimates.get(name),
+                tuple(drift_gates(parities[name], drift)) if name in parities else (),
+            ),
+            parities.get(name),
+        )
+        for name, variant in variants.items()
+    }
+
+
+def _parities(
+    context: Context, variants: Mapping[str, Variant], scores: Mapping[str, Scores], data: Dataset
+) -> dict[str, Parity]:
+    """How far each step moved the student, by the name of the form after it.
+
+    Raises:
+        GateError: the step from torch to a graph, through which all forms go, did.
+    """
+    drift = context.recipe.gates.drift
+    found: dict[str, Parity] = {}
+    for name in (name for name in variants if name.startswith("student-") and name != "student-torch"):
+        before = "student-fp32" if "student-fp32" in variants and name != "student-fp32" else "student-torch"
+        precision = variants[name].description["precision"]
+        step: Step = "converted" if precision in ("fp32", "fp16") else "quantized"
+        parity = _parity(context, (before, variants[before]), (name, variants[name]), step, data)
+        rows = [row.id for row in context.test_rows(data)]
+        parity = parity.with_answers(scores[before].predictions, scores[name].predictions, rows)
+        if before == "student-torch" and step == "converted":
+            check_step(parity, drift_gates(parity, drift))
+        found[name] = parity
+    return found
+
+
+def _parity(
+    context: Context, before: tuple[str, Variant], after: tuple[str, Variant], step: Step, data: Dataset
+) -> Parity:
+    recipe = context.recipe
+
+    def build(draft: Draft) -> None:
+        parity = compare_models(
+            (before[0], before[1].model_path),
+            (after[0], after[1].model_path),
+            context.test_rows(data),
+            step=step,
+            to_messages=context.student_messages,
+            max_rows=recipe.gates.drift.rows,
+            threads=recipe.evaluate.threads,
+            progress=partial(_rename, context.progress, f"compare {after[0]}"),
+        )
+        _write_report(draft, parity.to_json())
+
+    report = context.stage(
+        f"parity-{after[0]}",
+        Report,
+        {"before": before[1], "after": after[1], "data": data},
+        {"names": [before[0], after[0]], "step": step, "rows": recipe.gates.drift.rows},
+        ["slmops.evaluate.parity", "slmops.evaluate.drift", "slmops.runtime"],
+        build,
+    )
+    return Parity.from_json(report.content)
+
+
+def estimate_variants(
+    context: Context, variants: Mapping[str, Variant], measurements: Mapping[str, Measurement]
+) -> dict[str, DeviceEstimate]:
+    """Every form on the budget's device; none where the budget names no device."""
+    budget = context.recipe.budget
+    if budget.device is None:
+        return {}
+    profile = device_profile(budget.device)
+    report = context.stage(
+        "speed",
+        Report,
+        {"measurements": digest_json({name: one.to_json() for name, one in measurements.items()})},
+        {"cores": profile.cores},
+        ["slmops.evaluate.speed"],
+        lambda draft: _write_report(draft, machine_speed(profile.cores).to_json()),
+    )
+    here = MachineSpeed(**report.content)
+    flags = machine_facts()["cpu_flags"]
+    return {
+        name: estimate_on(
+            profile,
+            here,
+            measurements[name],
+            size_bytes=variant.model_bytes,
+            parameters=int(variant.description.get("parameters") or 0),
+            precision=variant.description["precision"],
+            flags_here=flags,
         )
         for name, variant in variants.items()
     }
@@ -206,25 +311,70 @@ def measure_variants(context: Context, variants: Mapping[str, Variant], data: Da
                 GenerationRequest(context.student_messages(row), max_tokens=64)
                 for row in _cycle(rows, max(5, recipe.evaluate.latency_requests // 20))
             ]
-        found = measure_interleaved(
-            {name: variant.model_path for name, variant in variants.items()},
-            form=context.form,
-            requests=requests,
-            threads=recipe.evaluate.threads,
-            limit_s=30.0,
-            progress=context.progress,
+        found = _measure_within(
+            limits,
+            lambda held: measure_interleaved(
+                {name: variant.model_path for name, variant in variants.items()},
+                form=context.form,
+                requests=requests,
+                threads=recipe.evaluate.threads,
+                limit_s=30.0,
+                limits=held,
+                progress=context.progress,
+            ),
         )
         _write_report(draft, {name: measurement.to_json() for name, measurement in found.items()})
+
+    limits = _device_limits(recipe, variants)
 
     report = context.stage(
         "measure",
         Report,
         {**variants, "data": data},
-        {"requests": recipe.evaluate.latency_requests, "threads": recipe.evaluate.threads},
-        ["slmops.evaluate.measure", "slmops.evaluate.probe", "slmops.runtime"],
+        {
+            "requests": recipe.evaluate.latency_requests,
+            "threads": recipe.evaluate.threads,
+            **({"limits": {name: one.to_json() for name, one in limits.items()}} if limits else {}),
+        },
+        ["slmops.evaluate.measure", "slmops.evaluate.probe", "slmops.evaluate.limits", "slmops.runtime"],
         build,
     )
     return {name: Measurement.from_json(raw) for name, raw in report.content.items()}
+
+
+def _device_limits(recipe: Recipe, names: Iterable[str]) -> dict[str, Limits]:
+    """The device's cores for all, that they compare; its memory for the student, which is what goes there."""
+    if recipe.budget.device is None:
+        return {}
+    profile = device_profile(recipe.budget.device)
+    memory_bytes = int(profile.model_memory_mb * MB)
+    return {
+        name: Limits(memory_bytes if name.startswith("student-") and name != "student-torch" else None, profile.cores)
+        for name in names
+    }
+
+
+def _measure_within(
+    limits: Mapping[str, Limits], measure: Callable[[Mapping[str, Limits]], dict[str, Measurement]]
+) -> dict[str, Measurement]:
+    """A model that does not run in its memory is measured without that limit, and told apart."""
+    held = dict(limits)
+    lifted: set[str] = set()
+    while True:
+        try:
+            found = measure(held)
+        except DoesNotFitError as error:
+            if error.name in lifted:
+                raise
+            lifted.add(error.name)
+            held[error.name] = Limits(None, held[error.name].cores)
+        else:
+            return {name: _told_apart(one, limits[name]) if name in lifted else one for name, one in found.items()}
+
+
+def _told_apart(measurement: Measurement, limits: Limits) -> Measurement:
+    held = {**(measurement.limits or {}), "memory_bytes": limits.memory_bytes, "fits": False}
+    return replace(measurement, limits=held)
 
 
 def _baselines(context: Context, data: Dataset, untaught: Checkpoint | None) -> dict[str, BaselineEntry]:
@@ -326,6 +476,7 @@ def _entry(context: Context, measured: _Measured) -> ModelEntry:
         runtime=description["runtime"],
         precision=description["precision"],
         artifact=measured.variant.digest,
+        extra={} if found.estimate is None else {"on_device": found.estimate.to_json()},
     )
 
 
@@ -337,15 +488,12 @@ def _judge(
     data: Dataset,
 ) -> dict[str, Any]:
     recipe = context.recipe
-    chosen, gates = choose(
-        [
-            (
-                candidate,
-                gates_of(_way_to(candidate, measured), teacher.scores, recipe.gates, recipe.budget, recipe.seed),
-            )
-            for candidate in _candidates(recipe, measured)
-        ]
-    )
+    judged = [
+        (candidate, gates_of(_way_to(candidate, measured), teacher.scores, recipe.gates, recipe.budget, recipe.seed))
+        for candidate in _candidates(recipe, measured)
+    ]
+    chosen, gates = choose(judged)
+    misses = closest(judged)
     rivals: dict[str, BaselineEntry | ModelEntry] = {**baselines, "teacher": teacher}
     return build_report(
         name=recipe.name,
@@ -373,9 +521,24 @@ def _judge(
             "data": data.summary,
             "currency": recipe.evaluate.currency,
             "seed": recipe.seed,
+            "budget": recipe.budget.with_device().model_dump(mode="json"),
+            "candidates": [
+                {"id": candidate.id, "passed": all(gate.passed for gate in own), "gates": [g.to_json() for g in own]}
+                for candidate, own in judged
+            ],
+            "closest": [miss.to_json() for miss in misses],
+            "closest_in_words": closest_in_words(misses),
+            "drift": [_drift_entry(one.parity, one.candidate) for one in measured.values() if one.parity],
             **({} if context.search is None else {"search": context.search}),
         },
     )
+
+
+def _drift_entry(parity: Parity, candidate: Candidate) -> dict[str, Any]:
+    """A step for the report: its figures, and what to try where a gate of it fails."""
+    passed = all(gate.passed for gate in candidate.drift)
+    where = parity.layers.sentence if parity.layers else ""
+    return {**parity.to_json(), "passed": passed, "where": where, "advice": "" if passed else advice(parity)}
 
 
 def _candidates(recipe: Recipe, measured: Mapping[str, _Measured]) -> list[Candidate]:

@@ -111,3 +111,27 @@ class Generator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LogitGenerator(Generator, Protocol):
+    """A generator that shows its distribution over a given text."""
+
+    def target_logits(self, messages: tuple[Message, ...], target: str) -> NDArray[np.float32]:
+        """Logits that predict each token of ``target`` after ``messages``, the end of the turn included:
+        ``[tokens, vocabulary]`` float32.
+
+        Raises:
+            ContextLengthError: both do not fit in the context.
+            NotImplementedError: the graph gives the logits of the last position alone.
+        """
+        ...
+
+
+@runtime_checkable
+class OwnTokenizer(Protocol):
+    """An engine with a tokenizer of its own, which programs other than slmops would use with the same files."""
+
+    def engine_tokens(self, text: str) -> list[int]:
+        """Ids of plain text, as the engine makes them."""
+        ...

@@ -170,7 +170,23 @@ class GenaiGenerator:
         params.set_search_options(**options)
         return onnxruntime_genai.Generator(self._model, params)
 
+    def target_logits(self, messages: tuple[Message, ...], target: str) -> NDArray[np.float32]:
+        """Logits that predict each token of ``target``, ``[tokens, vocabulary]``; raises as :meth:`score`."""
+        rows, _ = self._target_rows(messages, target)
+        return rows.astype(np.float32)
+
+    def engine_tokens(self, text: str) -> list[int]:
+        """Ids of plain text, as the engine's own tokenizer makes them out of the same files."""
+        import onnxruntime_genai
+
+        return [int(token) for token in onnxruntime_genai.Tokenizer(self._model).encode(text)]
+
     def _score(self, messages: tuple[Message, ...], target: str) -> TextScore:
+        rows, ids = self._target_rows(messages, target)
+        return TextScore(log_likelihood(rows, ids), len(ids), len(target.encode("utf-8", "replace")))
+
+    def _target_rows(self, messages: tuple[Message, ...], target: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Logits before each token of the target, and the tokens."""
         encoded = self._chat.encode_training(messages, target)
         ids = encoded.input_ids
         self._check_room(len(ids), len(ids))
@@ -183,9 +199,7 @@ class GenaiGenerator:
                 "positions: its graph was built for generation alone."
             )
         wanted = [position for position, counts in enumerate(encoded.loss_mask) if counts and position > 0]
-        rows = logits[0, [position - 1 for position in wanted]]
-        logprob = log_likelihood(rows, np.asarray(ids)[wanted])
-        return TextScore(logprob, len(wanted), len(target.encode("utf-8", "replace")))
+        return logits[0, [position - 1 for position in wanted]], np.asarray(ids)[wanted]
 
     def _check_room(self, needed_tokens: int, prompt_tokens: int) -> None:
         if needed_tokens > self._context_tokens:

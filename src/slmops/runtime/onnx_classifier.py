@@ -96,7 +96,13 @@ class OnnxClassifier:
 
 def default_threads(parameters: int) -> int:
     """Threads of one forward pass: 1 for a small model, every core for a large or unknown one."""
-    return 1 if 0 < parameters < SINGLE_THREAD_PARAMETERS else os.cpu_count() or 1
+    return 1 if 0 < parameters < SINGLE_THREAD_PARAMETERS else _usable_cores()
+
+
+def _usable_cores() -> int:
+    """Those that this process may use: a process pinned to one must not start a thread for each."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def softmax(logits: NDArray[np.float32]) -> Probabilities:

@@ -30,7 +30,9 @@ from slmops.runtime.base import Delta, FinishReason, Generation, GenerationReque
 from slmops.runtime.stops import StopScanner
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
@@ -132,9 +134,27 @@ class TorchGenerator:
             for logprob, encoded, (_, target) in zip(sums, chats, conversations, strict=True)
         ]
 
+    def target_logits(self, messages: tuple[Message, ...], target: str) -> NDArray[np.float32]:
+        """Logits that predict each token of ``target``, ``[tokens, vocabulary]`` float32; raises as :meth:`score`."""
+        import torch
+
+        encoded = self.chat.encode_training(messages, target)
+        self._check_length(len(encoded.input_ids), room=0)
+        ids = torch.tensor([encoded.input_ids])
+        wanted = torch.tensor([encoded.loss_mask])[:, 1:]
+        with self._turn, torch.inference_mode():
+            logits = self._logits_at(ids, torch.ones_like(ids), torch.nn.functional.pad(wanted, (0, 1)))
+        rows: NDArray[np.float32] = logits.float().numpy()
+        return rows
+
     def close(self) -> None:
         """Free the weights. The generator cannot be used afterwards."""
         self._model = None
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers, for whoever looks inside."""
+        return self._model
 
     # Generation
 

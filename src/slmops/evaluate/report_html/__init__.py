@@ -31,6 +31,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "classes": (),
     "confusions": (),
     "search": None,
+    "drift": (),
+    "closest_in_words": (),
 }
 
 
@@ -59,6 +61,7 @@ def render_report(report: Mapping[str, Any]) -> str:
             losses=charts.losses(report),
             search=search_charts.search(report),
             fit=fit_charts.fit(report),
+            device=figures.device(report),
         )
     )
 

@@ -98,6 +98,11 @@ def _other_name(report: Report, name: str) -> str:
     return f"“{name}” ({baseline['description']})" if baseline["description"] else f"“{name}”"
 
 
+def device(report: Report) -> dict[str, Mapping[str, Any]]:
+    """Estimates for the budget's device, by model; empty where none was named."""
+    return {entry["id"]: entry["on_device"] for entry in models(report) if entry.get("on_device")}
+
+
 @dataclass(frozen=True)
 class Balance:
     """Rows by label and split, the most first. ``left_out`` labels in the middle are not shown."""
