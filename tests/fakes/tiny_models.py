@@ -145,10 +145,12 @@ def write_tiny_llama(folder: Path, *, context_tokens: int = 512) -> Any:
 ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "phi3", "phi4", "gemma3")
 """Families that :func:`write_tiny_model` knows. SmolLM2 is a Llama; Phi-4 mini is a Phi-3 that turns three quarters of
 each head."""
+SCALING = ("gemma2", "granite", "cohere", "cohere2", "falcon_h1")
+"""Further families, whose models do something to the output layer's numbers."""
 
 
 def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512) -> Any:
-    """Random weights of one of :data:`ARCHITECTURES`, with a tokenizer, in the layout of transformers; the model."""
+    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer, in the layout of transformers; the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -171,6 +173,11 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 16,
         },
+        "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0},
+        "granite": {"logits_scaling": 6.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+        "cohere": {"logit_scale": 0.25},
+        "cohere2": {"logit_scale": 0.25, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     }
     config = AutoConfig.for_model(
         {"phi4": "phi3", "gemma3": "gemma3_text"}.get(architecture, architecture),

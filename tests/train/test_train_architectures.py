@@ -16,13 +16,13 @@ from test_train_generator import chats, load, to_messages
 from test_train_token_signals import divergence_from, keep, reference
 from train_helpers import make_draft
 
-from fakes.tiny_models import ARCHITECTURES, write_tiny_model
+from fakes.tiny_models import ARCHITECTURES, SCALING, write_tiny_model
 from slmops.artifacts import Dataset, Draft
 from slmops.artifacts.token_signals import TokenSignals
-from slmops.models.soft_cap import soft_capped
+from slmops.models.scaled_logits import scaled_logits
 from slmops.recipe import DistillConfig, LossWeights, StudentConfig, TrainConfig
 from slmops.train import train_generator_student
-from slmops.train.generator.answers import encode_splits
+from slmops.train.generator.answers import collate_rows, encode_splits, supervised_logits
 from slmops.train.generator.taught import OnlineTeacher, Taught, TaughtObjective
 from slmops.train.student import shallow_copy
 
@@ -107,23 +107,46 @@ def test_a_student_that_is_its_teacher_differs_in_nothing(architecture: str, tmp
     assert (online.layers, online.hidden_size) == (2, 64)
 
 
-def test_logits_are_capped_where_the_family_caps_them(tmp_path: Path) -> None:
-    """Gemma 2: what is kept on disk is what the whole model says."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize("architecture", SCALING)
+def test_logits_are_scaled_as_the_model_scales_them(architecture: str, tmp_path: Path) -> None:
+    """What the output layer alone gives becomes what the whole model says."""
+    model = write_tiny_model(tmp_path, architecture)
+    ids = torch.tensor([list(range(3, 40))])
+    with torch.no_grad():
+        expected = model(ids).logits
+        plain = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(scaled_logits(plain, model.config), expected)
+    assert not torch.allclose(plain, expected, rtol=0.01)
+
+
+def test_a_cap_holds_and_a_scale_that_another_family_names_does_not_count() -> None:
+    from transformers import Gemma2Config, LlamaConfig
+
+    assert scaled_logits(torch.tensor(1e6), Gemma2Config(final_logit_softcapping=5.0)).item() == pytest.approx(5.0)
+    assert scaled_logits(torch.tensor(7.0), LlamaConfig(logit_scale=0.5, logits_scaling=3.0)).item() == 7
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
+def test_what_is_kept_and_learnt_is_scaled(architecture: str, tmp_path: Path) -> None:
+    """Token signals on disk, the training loss, and a student beside its teacher."""
+    from slmops.chat import ChatTokenizer
 
     teacher, dataset = tmp_path / "teacher", chats(tmp_path / "data", 1)
-    write_tiny_model(teacher, "llama")
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, initializer_range=0.3, final_logit_softcapping=5.0, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    Gemma2ForCausalLM(config).save_pretrained(teacher)
+    write_tiny_model(teacher, architecture)
     logs, _ = reference(teacher, dataset)
     kept = TokenSignals.read(keep(teacher, dataset, tmp_path / "signals"), "train").records
     np.testing.assert_allclose(kept["logs"].astype(np.float64), logs.topk(6, dim=-1).values, atol=0.02)
-    assert soft_capped(torch.tensor(1e6), config).item() == pytest.approx(5.0)
+    rows, student = encode_splits(ChatTokenizer.load(teacher), dataset, to_messages, 512)["train"], load(teacher)
+    one = collate_rows(rows[:1])
+    with torch.no_grad():
+        logits, targets = supervised_logits(student, one)
+        whole = student(input_ids=one["input_ids"]).logits[:, :-1][one["supervised"][:, 1:].bool()]
+    torch.testing.assert_close(logits, whole)
+    online = OnlineTeacher(teacher, None, attentions=False)
+    config = DistillConfig(losses=LossWeights(gold=1, forward_kl=1), top_k=None)
+    objective = TaughtObjective(rows[:1], rows[:1], config, online=online)
+    expected = torch.nn.functional.cross_entropy(whole, targets).item()
+    assert objective.loss(student, objective.collate([0])).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_layers_without_rotation_stay_so(tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ def keep_signals(context: Context, answers: Dataset, teacher: Checkpoint, number
         [
             "slmops.distill.token_signals",
             "slmops.runtime.token_teacher",
-            "slmops.models.soft_cap",
+            "slmops.models.scaled_logits",
             "slmops.artifacts.token_signals",
         ],
         keep,

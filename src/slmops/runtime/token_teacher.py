@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.models.quiet import quiet_transformers
-from slmops.models.soft_cap import soft_capped
+from slmops.models.scaled_logits import scaled_logits
 
 CHUNK_LOGITS = 1 << 24
 """64 MB in fp32."""
@@ -125,7 +125,7 @@ class TokenTeacher:
     def _reduce(self, states: Any, coming: Any, top_k: int, temperature: float) -> tuple[NDArray[Any], ...]:
         import torch
 
-        logits = soft_capped(self._model.get_output_embeddings()(states), self._model.config).float()
+        logits = scaled_logits(self._model.get_output_embeddings()(states), self._model.config).float()
         if temperature != 1:
             logits /= temperature
         whole = logits.logsumexp(dim=-1, keepdim=True)

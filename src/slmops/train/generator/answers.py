@@ -19,7 +19,7 @@ from slmops.artifacts import Dataset, Draft, Message, Row
 from slmops.chat import ChatTokenizer
 from slmops.errors import DataError
 from slmops.models.bottleneck import without_bottlenecks
-from slmops.models.soft_cap import soft_capped
+from slmops.models.scaled_logits import scaled_logits
 from slmops.progress import ProgressSink
 from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
@@ -102,7 +102,7 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         ).last_hidden_state
         wanted = batch["supervised"][:, 1:].bool()
         states, targets = hidden[:, :-1][wanted], batch["input_ids"][:, 1:][wanted]
-    return soft_capped(base.get_output_embeddings()(states), base.config), targets
+    return scaled_logits(base.get_output_embeddings()(states), base.config), targets
 
 
 @dataclass

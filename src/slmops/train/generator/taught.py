@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmops.errors import ModelError, UsageError
-from slmops.models.soft_cap import soft_capped
+from slmops.models.scaled_logits import scaled_logits
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig
 from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows
 from slmops.train.generator.signals import TeacherTokens, student_ids, to_student
@@ -218,7 +218,7 @@ class TaughtObjective(AnswerObjective):
                 head,
                 states,
                 max(1, CHUNK_LOGITS // head.weight.shape[0]),
-                lambda logits, rows: self._parts(soft_capped(logits, student.config), rows, gold, view),
+                lambda logits, rows: self._parts(scaled_logits(logits, student.config), rows, gold, view),
                 self.loss_weights,
             )
         if show:
@@ -286,7 +286,7 @@ class TaughtObjective(AnswerObjective):
     def _beside(self, soft: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         teacher = cast(OnlineTeacher, self.online)
         with torch.no_grad():
-            logits = soft_capped(teacher.head(states), teacher.model.config).float() / self.temperature
+            logits = scaled_logits(teacher.head(states), teacher.model.config).float() / self.temperature
         if self.config.top_k is None:
             # Over the tokens that both have; softmax makes it a distribution again.
             shared = logits if teacher.kept is None else logits[:, teacher.kept]
