@@ -150,7 +150,7 @@ SCALING = ("gemma2", "granite", "cohere", "cohere2", "falcon_h1")
 
 
 def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512) -> Any:
-    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer, in the layout of transformers; the model."""
+    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
