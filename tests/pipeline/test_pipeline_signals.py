@@ -24,6 +24,7 @@ from slmops.pipeline.teach import (
 )
 from slmops.progress import ignore
 from slmops.recipe import Recipe, StudentConfig, TrainConfig, load_recipe, parse_recipe, portable_recipe
+from slmops.runtime import open_classifier
 from slmops.store import Store
 
 
@@ -76,6 +77,40 @@ def test_two_teachers_of_labels(place: Place, tmp_path: Path) -> None:
             students.append(make_student(context, "student", answers, taught=True, data=data))
     assert students[0].digest != students[1].digest
     assert len([name for name in students[0].manifest.inputs if name.startswith("answers")]) == 2
+
+
+def test_a_linear_teacher_and_the_student_itself_beside_a_language_model(place: Place, tmp_path: Path) -> None:
+    raw = place.raw(train={"epochs": 1})
+    raw["teacher"] = [{**raw["teacher"], "adapt_epochs": 1}, {"model": "linear"}, {"model": "untaught"}]
+    with Store.open(tmp_path) as store:
+        context = context_of(parse_recipe(raw), store)
+        data = prepare_data(context)
+        linear = make_teacher(context, data, 2)
+        assert linear is not None
+        rows = [row for row in data.rows("validation") if row.target]
+        model = open_classifier(linear.path)
+        probabilities = model.probabilities([row.text for row in rows])
+        right = sum(model.labels[row.argmax()] == rows[at].target for at, row in enumerate(probabilities))
+        assert right / len(rows) == linear.manifest.metrics["validation_accuracy"] > 0.5
+        answers = ask_for_answers(context, data, make_teacher(context, data))
+        student = make_student(context, "student", answers, taught=True, data=data)
+        untaught = make_student(context, "untaught", data, taught=False)
+        third = ask_for_answers(context, data, make_teacher(context, data, 3), 3)
+    assert {"answers", "answers-2", "answers-3"} <= student.manifest.inputs.keys()
+    assert third.manifest.inputs["teacher"] == untaught.digest
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"teacher": {"model": "linear"}}, "first teacher has to be a language model"),
+        ({"teacher": {"model": "untaught"}}, "first teacher has to be a language model"),
+        ({"task": "generation", "teachers": [{"model": "linear"}]}, "knows labels alone"),
+    ],
+)
+def test_where_a_linear_teacher_cannot_teach(place: Place, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**place.raw(), **more})
 
 
 @pytest.mark.parametrize(

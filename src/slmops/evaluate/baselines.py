@@ -12,7 +12,6 @@ rows an even sample is used.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,17 +20,16 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slmops.artifacts import Dataset, Row
 from slmops.errors import DataError
 from slmops.evaluate.scores import Scores, score_predictions
+from slmops.models.linear import LinearClassifier, fit_linear, text_features
 from slmops.recipe import CLOSED_TASKS, Task
 
 log = logging.getLogger(__name__)
 
 MAX_TRAIN_ROWS = 50_000
-INVERSE_REGULARISATIONS = (3.0, 10.0)
 LATENCY_REQUESTS = 50
 
 DESCRIPTIONS = {
@@ -60,7 +58,7 @@ def baseline_scores(dataset: Dataset, seed: int, *, task: Task) -> dict[str, Sco
     if task in CLOSED_TASKS:
         models["linear"] = _fit_linear(train, validation, seed)
     else:
-        features = _features([row.text for row in train])
+        features = text_features([row.text for row in train])
         models["nearest"] = None if features is None else _Nearest(features, train)
     return {
         name: _score(model, test, task, dataset.labels, seed) for name, model in models.items() if model is not None
@@ -89,23 +87,14 @@ class _Majority(_Baseline):
 
 
 class _Linear(_Baseline):
-    """Features times one matrix, ``weights`` float32 ``[features, labels]``: the one-against-rest models folded into
-    one product, so that the baseline is as small and as fast as it can fairly be."""
-
-    def __init__(
-        self, features: Any, weights: NDArray[np.float32], bias: NDArray[np.float32], labels: list[str]
-    ) -> None:
-        self.features = features
-        self.weights = weights
-        self.bias = bias
-        self.labels = labels
+    def __init__(self, model: LinearClassifier) -> None:
+        self.model = model
 
     def answers(self, texts: Sequence[str]) -> list[str]:
-        best = (self.features.transform(texts) @ self.weights + self.bias).argmax(axis=1)
-        return [self.labels[index] for index in best]
+        return self.model.answers(texts)
 
     def parts(self) -> Any:
-        return self.features, self.weights, self.bias, self.labels
+        return self.model.features, self.model.weights, self.model.bias, self.model.labels
 
 
 class _Nearest(_Baseline):
@@ -128,65 +117,12 @@ class _Nearest(_Baseline):
         return self.features, self.prompts, self.targets
 
 
-def _features(texts: Sequence[str]) -> Any | None:
-    """TF-IDF of words (1-2) and characters (2-5) that are in ``texts``, or None where the texts are blank."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import FeatureUnion
-
-    parts: list[tuple[str, Any]] = []
-    if any(re.search(r"\w", text) for text in texts):
-        # The pattern takes words of one letter too: "I", "a", and every word of scripts that write one sign a word.
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+", dtype=np.float32)
-        parts.append(("words", words))
-    if any(text.strip() for text in texts):
-        # Pieces seen once make nine tenths of the features and none of the accuracy, once there are enough rows.
-        least = 2 if len(texts) >= 200 else 1
-        characters = TfidfVectorizer(
-            analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=least, dtype=np.float32
-        )
-        parts.append(("characters", characters))
-    return FeatureUnion(parts).fit(texts) if parts else None
-
-
 def _fit_linear(train: Sequence[Row], validation: Sequence[Row], seed: int) -> _Linear | None:
-    """The best logistic regression on the validation rows; None where there is nothing to tell apart."""
-    texts, targets = [row.text for row in train], [str(row.target) for row in train]
-    features = _features(texts) if len(set(targets)) > 1 else None
-    if features is None:
+    learnt, judged = ([(row.text, str(row.target)) for row in rows] for rows in (train, validation))
+    model = fit_linear(learnt, judged, seed)
+    if model is None:
         log.info("the training rows have one class or no text: there is no linear baseline")
-        return None
-    matrix = features.transform(texts)
-    best: tuple[int, _Linear] | None = None
-    for inverse in INVERSE_REGULARISATIONS if validation else INVERSE_REGULARISATIONS[-1:]:
-        candidate = _Linear(features, *_one_against_rest(matrix, targets, inverse, seed))
-        guesses = candidate.answers([row.text for row in validation]) if validation else []
-        right = sum(guess == row.target for guess, row in zip(guesses, validation, strict=True))
-        log.info("linear baseline: C = %g has %d of %d validation rows right", inverse, right, len(validation))
-        if best is None or right > best[0]:
-            best = (right, candidate)
-    assert best is not None
-    return best[1]
-
-
-def _one_against_rest(
-    matrix: Any, targets: Sequence[str], inverse_regularisation: float, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
-    """One logistic regression a class, by liblinear's dual solver: with many classes the multinomial one needs
-    gigabytes for its history, and converges late.
-
-    Weights ``[features, labels]``, bias ``[labels]``, labels in the order of the columns.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    wanted, labels = np.asarray(targets), sorted(set(targets))
-    weights = np.empty((matrix.shape[1], len(labels)), dtype=np.float32)
-    bias = np.empty(len(labels), dtype=np.float32)
-    for column, label in enumerate(labels):
-        model = LogisticRegression(
-            solver="liblinear", dual=True, C=inverse_regularisation, tol=1e-2, max_iter=1000, random_state=seed
-        ).fit(matrix, wanted == label)
-        weights[:, column], bias[column] = model.coef_[0], model.intercept_[0]
-    return weights, bias, labels
+    return None if model is None else _Linear(model)
 
 
 def _score(model: _Baseline, test: Sequence[Row], task: Task, labels: Sequence[str] | None, seed: int) -> Scores:

@@ -110,15 +110,30 @@ def check_fits(context: Context) -> None:
 
 
 def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint | None:
-    """The local teacher, adapted to the task; None where a server teaches. ``number`` 2 and more: a further one."""
-    from slmops.train import adapt_classifier, adapt_generator
+    """The local teacher, adapted to the task; None where a server teaches. ``number`` 2 and more: a further one.
+
+    The student itself, on the labels alone, as a further teacher: T. Furlanello et al., "Born Again Neural Networks",
+    arXiv:1805.04770.
+    """
+    from slmops.train import adapt_classifier, adapt_generator, train_linear
 
     recipe = context.recipe
     config = recipe.teacher if number == 1 else recipe.teachers[number - 2]
     if config.remote:
         return None
-    base = context.base if number == 1 else context.fetch(config.model)
     name = _numbered("teacher", number)
+    if config.model == "untaught":
+        return make_student(context, "untaught", data, taught=False)
+    if config.model == "linear":
+        return context.stage(
+            name,
+            Checkpoint,
+            {"data": data},
+            {"model": config.model, "seed": recipe.seed},
+            ["slmops.train.classifier.linear", "slmops.models.linear"],
+            lambda draft: train_linear(data, recipe.seed, draft),
+        )
+    base = context.base if number == 1 else context.fetch(config.model)
     if not config.adapt:
         return context.stage(
             name,

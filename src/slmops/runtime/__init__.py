@@ -20,6 +20,8 @@ from slmops.runtime.base import (
 )
 from slmops.runtime.description import ModelDescription
 
+LINEAR_MODEL = "linear.json"
+
 __all__ = [
     "Classifier",
     "Delta",
@@ -73,12 +75,18 @@ def open_classifier(model_path: Path | str, *, threads: int | None = None) -> Cl
             from slmops.runtime.torch_classifier import TorchClassifier
 
             return TorchClassifier.load(folder, threads=threads)
+        case "linear":
+            from slmops.models.linear import LinearClassifier
+
+            return LinearClassifier.load(folder)
         case engine:
-            raise _unknown_engine(folder, engine, "onnx, torch")
+            raise _unknown_engine(folder, engine, "onnx, torch, linear")
 
 
 def _engine(folder: Path, form: str) -> str:
     weights = ("model.safetensors", "model.safetensors.index.json")
+    if form == "classifier" and (folder / LINEAR_MODEL).is_file():
+        return "linear"
     described = (folder / MODEL_DESCRIPTION).exists()
     if not described and (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights):
         return "torch"

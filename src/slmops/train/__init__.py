@@ -12,7 +12,7 @@
     losses, batching, packing, processes, trackers, forgetting, custom_loss, tokens
 """
 
-from slmops.train.classifier import adapt_classifier, train_classifier_student
+from slmops.train.classifier import adapt_classifier, train_classifier_student, train_linear
 from slmops.train.finetune import FinetuneJob, finetune
 from slmops.train.generator import adapt_generator, train_generator_student
 
@@ -23,4 +23,5 @@ __all__ = [
     "finetune",
     "train_classifier_student",
     "train_generator_student",
+    "train_linear",
 ]
