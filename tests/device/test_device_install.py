@@ -15,6 +15,7 @@ import pytest
 from fakes.tiny_models import LABELS, tiny_tokenizer, write_tiny_generator, write_tiny_llama
 from skipping import skip_or_fail
 from slmops.artifacts import Bundle, Variant, drafting
+from slmops.evaluate.bench import read_bench
 from slmops.package import build_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # installing takes minutes on a busy machine
@@ -166,7 +167,9 @@ def test_init_writes_a_recipe(run: Run, tmp_path: Path) -> None:
     assert "sample:support" in (tmp_path / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize(("verb", "extra"), [("serve", "serve"), ("run", "train"), ("data", "train")])
+@pytest.mark.parametrize(
+    ("verb", "extra"), [("serve", "serve"), ("run", "train"), ("data", "train"), ("compress", "train")]
+)
 def test_verbs_of_larger_sizes_say_what_to_install(
     run: Run, verb: str, extra: str, classifier_bundle: Path, tmp_path: Path
 ) -> None:
@@ -193,6 +196,32 @@ def test_a_generator_answers(run: Run, generator_bundle: Path) -> None:
     asked = run("slmops", "chat", generator_bundle, "--prompt", "hello", "--max-tokens", "8", "--json")
     answer = json.loads(asked.stdout)
     assert 1 <= answer["completion_tokens"] <= 8
+
+
+@pytest.mark.parametrize("form", ["classifier", "generator"])
+def test_a_bundle_is_measured_and_the_report_comes_back(
+    run: Run, form: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """On the device, with its limits and estimates; read here by the reader of reports, drawn there."""
+    bundle = request.getfixturevalue(f"{form}_bundle")
+    out, page = tmp_path / "report.json", tmp_path / "page.html"
+    options = ["--quick", "--lengths", "4,8", "--device", "phone"]
+    done = run("slmops", "bench", bundle, *options, "--out", out, "--html", page)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = read_bench(out)
+    [model] = report["models"]
+    assert model["form"] == form
+    assert model["digest"] == Bundle.open(bundle).digest
+    assert model["latency_ms"]["p50"] > 0
+    assert model["on_device"]["device"] == "phone"
+    assert model["memory"]["peak_bytes"] < 200e6
+    assert set(report["engines"].values()) == {None}
+    assert "slmops bench" in page.read_text("utf-8")
+    both = run("slmops", "bench", "--compare", out, out)
+    assert both.returncode == 0, both.stderr
+    refused = run("slmops", "bench", bundle, "--peer", "transformers=/nowhere")
+    assert refused.returncode == 2
+    assert "transformers is not installed" in refused.stderr
 
 
 def test_damage_is_named(run: Run, classifier_bundle: Path, tmp_path: Path) -> None:

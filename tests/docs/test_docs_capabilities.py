@@ -45,9 +45,9 @@ def cells(column: int, *, but: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield row[0], re.findall(r"`([^`]+)`", row[column])
 
 
-def test_three_whole_tables() -> None:
+def test_four_whole_tables() -> None:
     found = tables()
-    assert [len(rows) > 10 for rows in found.values()] == [True] * 3
+    assert [len(rows) > 10 for rows in found.values()] == [True] * 4
     for rows in found.values():
         assert all(len(row) == 3 and all(row) for row in rows)
         names = [row[0] for row in rows]

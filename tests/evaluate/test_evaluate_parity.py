@@ -70,6 +70,7 @@ def compared(forms: dict[str, Path], before: str, after: str, step: str = "conve
         (after, forms[after]),
         ROWS,
         step=step,
+        closed=False,
         to_messages=to_messages,
         threads=1,  # type: ignore[arg-type]
     )

@@ -16,10 +16,14 @@ from slmops.cli.adapters import adapters
 from slmops.cli.bench import EPILOG as BENCH_EPILOG
 from slmops.cli.bench import bench
 from slmops.cli.chat import chat
+from slmops.cli.compress import EPILOG as COMPRESS_EPILOG
+from slmops.cli.compress import compress
 from slmops.cli.data import data
 from slmops.cli.demo import demo
 from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
+from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
+from slmops.cli.evaluate import evaluate
 from slmops.cli.init import init
 from slmops.cli.run import run
 from slmops.cli.serve import serve
@@ -66,6 +70,8 @@ app.command()(data)
 app.command()(distill)
 app.command()(train)
 app.add_typer(adapters, name="adapters")
+app.command(epilog=COMPRESS_EPILOG)(compress)
+app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slmops.artifacts import MODEL_DESCRIPTION
 from slmops.errors import ModelError
 from slmops.runtime.description import ModelDescription
 
@@ -108,7 +109,7 @@ def layer_states(folder: Path, id_rows: Sequence[Sequence[int]]) -> list[States]
     Raises:
         ModelError: the engine shows none, or the graph has another shape.
     """
-    engine = ModelDescription.read(folder).runtime
+    engine = _engine(folder)
     match engine:
         case "torch":
             return _torch_states(folder, id_rows)
@@ -118,12 +119,16 @@ def layer_states(folder: Path, id_rows: Sequence[Sequence[int]]) -> list[States]
             raise ModelError(f"{engine} shows no hidden states")
 
 
+def _engine(folder: Path) -> str:
+    plain = not (folder / MODEL_DESCRIPTION).exists() and (folder / "config.json").is_file()
+    return "torch" if plain else ModelDescription.read(folder).runtime
+
+
 def _torch_states(folder: Path, id_rows: Sequence[Sequence[int]]) -> list[States]:
     import torch
     from torch import nn
 
-    form = ModelDescription.read(folder).form
-    if form == "classifier":
+    if (folder / "labels.json").is_file():
         from slmops.models.classifier import load_classifier
 
         model: Any = load_classifier(folder).backbone

@@ -29,7 +29,6 @@ from slmops.runtime import (
     Classifier,
     Generator,
     LogitGenerator,
-    ModelDescription,
     OwnTokenizer,
     open_classifier,
     open_generator,
@@ -249,6 +248,7 @@ def compare_models(
     rows: Sequence[Row],
     *,
     step: Step,
+    closed: bool,
     to_messages: Callable[[Row], tuple[Message, ...]],
     max_rows: int = 64,
     threads: int | None = None,
@@ -258,14 +258,13 @@ def compare_models(
     """Compare two model folders, each given with its name. Both are loaded at once.
 
     ``rows``         with targets; all texts are compared as tokens, the first ``max_rows`` as distributions
+    ``closed``       whether they are classifiers
     ``to_messages``  what a generator is shown for a row
     ``layer_of``     see :func:`slmops.evaluate.drift.layer_drift`
 
     Raises:
         SlmopsError: a model cannot be opened.
     """
-    form = ModelDescription.read(after[1]).form
-    closed = form == "classifier"
     texts = [row.text if closed else "\n".join(message.content for message in to_messages(row)) for row in rows]
     encoders = [_encoder(folder) for _, folder in (before, after)]
     tokens = compare_tokens(encoders[0], encoders[1], [*texts, *PROBES])

@@ -156,6 +156,16 @@ class LlamaCppModel:
         self._server: Any = xllamacpp.Server(params)
 
     def timed(self, request: dict[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        moments, tokens, prompt_tokens = self._ask(request)
+        return _timed(started, moments, time.perf_counter(), tokens, prompt_tokens)
+
+    def together(self, requests: Sequence[dict[str, Any]]) -> int:
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return sum(tokens for _, tokens, _ in pool.map(self._ask, requests))
+
+    def _ask(self, request: dict[str, Any]) -> tuple[list[float], int, int]:
+        """When each piece of text came, tokens of the answer, and of the prompt."""
         moments: list[float] = []
         usage: dict[str, int] = {}
 
@@ -166,28 +176,18 @@ class LlamaCppModel:
             usage.update(raw.get("usage") or {})
             return False
 
-        started = time.perf_counter()
-        body = {**_body(request), "stream": True, "stream_options": {"include_usage": True}}
+        body = {
+            "messages": request["messages"],
+            "max_tokens": request["max_tokens"],
+            "temperature": 0,
+            "stream": True,  # without it this version of xllamacpp asks for a callback all the same
+            "stream_options": {"include_usage": True},
+        }
         self._server.handle_chat_completions(json.dumps(body), take)
-        done = time.perf_counter()
-        tokens = usage.get("completion_tokens", len(moments))
-        return _timed(started, moments, done, tokens, usage.get("prompt_tokens", 0))
-
-    def together(self, requests: Sequence[dict[str, Any]]) -> int:
-        with ThreadPoolExecutor(len(requests)) as pool:
-            return sum(pool.map(self._tokens, requests))
-
-    def _tokens(self, request: dict[str, Any]) -> int:
-        answer = self._server.handle_chat_completions(json.dumps(_body(request)))
-        raw = json.loads(answer) if isinstance(answer, str | bytes) else answer
-        return int(raw["usage"]["completion_tokens"])
+        return moments, usage.get("completion_tokens", len(moments)), usage.get("prompt_tokens", 0)
 
     def close(self) -> None:
         self._server = None
-
-
-def _body(request: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": request["messages"], "max_tokens": request["max_tokens"], "temperature": 0}
 
 
 def _timed(started: float, moments: list[float], done: float, tokens: int, prompt_tokens: int) -> dict[str, Any]:

@@ -157,6 +157,7 @@ def _parity(
             (after[0], after[1].model_path),
             context.test_rows(data),
             step=step,
+            closed=recipe.closed,
             to_messages=context.student_messages,
             max_rows=recipe.gates.drift.rows,
             threads=recipe.evaluate.threads,

@@ -1,0 +1,134 @@
+"""One model on a recipe's test rows, and another beside it: the check for a step that was made by hand.
+
+Nothing is trained and nothing is kept: the rows are the store's, the answers are asked anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slmops.artifacts import Row
+from slmops.errors import DataError
+from slmops.evaluate.gates import Gate, parity_gate
+from slmops.evaluate.parity import Parity, Step, advice, compare_models, drift_gates
+from slmops.evaluate.scores import Scores, score_classifier, score_generator
+from slmops.package import resolve_model_folder
+from slmops.pipeline.context import Context
+from slmops.pipeline.teach import prepare_data
+from slmops.progress import Progress, ProgressSink, ignore
+from slmops.recipe import Recipe
+from slmops.runtime import open_classifier, open_generator
+from slmops.store import Store
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """``gates`` and ``parity`` where there was another model to compare with; ``against`` is its scores."""
+
+    scores: Scores
+    against: Scores | None = None
+    parity: Parity | None = None
+    gates: tuple[Gate, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    def to_json(self) -> dict[str, Any]:
+        def told(scores: Scores | None) -> dict[str, Any] | None:
+            return (
+                None if scores is None else {"metric": scores.metric, **scores.summary(), "others": dict(scores.others)}
+            )
+
+        return {
+            "scores": told(self.scores),
+            "against": told(self.against),
+            "parity": self.parity.to_json() if self.parity else None,
+            "gates": [gate.to_json() for gate in self.gates],
+            "passed": self.passed,
+            "advice": advice(self.parity) if self.parity and not self.passed else "",
+        }
+
+
+def judge_model(
+    recipe: Recipe,
+    store: Store,
+    model: Path,
+    *,
+    against: Path | None = None,
+    step: Step = "converted",
+    offline: bool = False,
+    progress: ProgressSink = ignore,
+) -> Judgement:
+    """Score ``model`` (a bundle, a variant, a model folder, a checkpoint) on the test rows of ``recipe``.
+
+    ``against``  the form before: compared by tokens, distributions, answers and a paired test of the score, and held to
+                 ``gates.parity`` and to the limits of ``gates.drift`` for ``step``
+
+    Raises:
+        DataError: no test rows with targets.
+        SlmopsError: the rows or a model cannot be read.
+    """
+    folder = model_folder(model)
+    before = None if against is None else model_folder(against)
+    context = Context(recipe, store, offline, progress)
+    rows = context.test_rows(prepare_data(context))
+    if not rows:
+        raise DataError("The test split has no row with a target.", remedy="Give data.test, or more rows.")
+    scores = _scored(context, "model", folder, rows)
+    if before is None:
+        return Judgement(scores)
+    other = _scored(context, "the form before", before, rows)
+    parity = compare_models(
+        (str(against), before),
+        (str(model), folder),
+        rows,
+        step=step,
+        closed=recipe.closed,
+        to_messages=context.student_messages,
+        max_rows=recipe.gates.drift.rows,
+        threads=recipe.evaluate.threads,
+        progress=partial(_rename, progress, "compare"),
+    ).with_answers(other.predictions, scores.predictions, [row.id for row in rows])
+    gates = (
+        parity_gate(other, scores, recipe.gates.parity, seed=recipe.seed),
+        *drift_gates(parity, recipe.gates.drift),
+    )
+    return Judgement(scores, other, parity, gates)
+
+
+def model_folder(path: Path) -> Path:
+    """As :func:`resolve_model_folder`; a checkpoint of transformers is a model folder too."""
+    return path if (path / "config.json").is_file() else resolve_model_folder(path)
+
+
+def _scored(context: Context, what: str, folder: Path, rows: Sequence[Row]) -> Scores:
+    recipe, report = context.recipe, partial(_rename, context.progress, f"score {what}")
+    threads = recipe.evaluate.threads
+    if recipe.closed:
+        classifier = open_classifier(folder, threads=threads)
+        try:
+            return score_classifier(classifier, rows, task=recipe.task, seed=recipe.seed, progress=report)
+        finally:
+            classifier.close()
+    generator = open_generator(folder, threads=threads)
+    try:
+        return score_generator(
+            generator,
+            rows,
+            task=recipe.task,
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            to_messages=context.student_messages,
+            seed=recipe.seed,
+            progress=report,
+        )
+    finally:
+        generator.close()
+
+
+def _rename(progress: ProgressSink, task: str, event: Progress) -> None:
+    progress(Progress(task, event.done, event.total, event.unit, event.note))
