@@ -34,7 +34,8 @@ from slmops.runtime import (
     open_generator,
 )
 
-Step = Literal["converted", "quantized"]
+Step = Literal["converted", "merged", "pruned", "quantized"]
+STEPS: tuple[Step, ...] = ("converted", "merged", "pruned", "quantized")
 Encode = Callable[[str], Sequence[int]]
 
 PROBES = (
@@ -376,8 +377,16 @@ def advice(parity: Parity) -> str:
     if parity.tokens.share < 1:
         return "Use the tokenizer of the checkpoint: the files of the two forms are not of one model."
     layer = parity.layers.start if parity.layers else None
-    if parity.step == "converted":
-        return "A conversion must not change a model: choose another runtime or precision, and report this model."
+    match parity.step:
+        case "converted":
+            return "A conversion must not change a model: choose another runtime or precision, and report this model."
+        case "merged":
+            return "A merge must not change a model: merge again in fp32, from the base that the adapter names."
+        case "pruned":
+            named = "" if layer is None else f" Keep layer {layer} whole, or remove less there."
+            return f"Remove less at a time, and train the student again by the form before it.{named}"
+        case "quantized":
+            pass
     where = "" if layer is None else f", or keep layer {layer} and those near it in more bits"
     return f"Try more bits or a quantizer that is calibrated{where}, or train the student against the loss of bits."
 
