@@ -51,9 +51,7 @@ def evaluate(
     if kind is None:
         raise UsageError(f"--step is {step!r}.", remedy=f"Choose one of {', '.join(STEPS)}.")
     with Store.open(store) as opened, progress_bars() as progress:
-        found = judge_model(
-            chosen, opened, model, against=against, step=kind, offline=offline, progress=progress
-        )
+        found = judge_model(chosen, opened, model, against=against, step=kind, offline=offline, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:
