@@ -556,8 +556,15 @@ class DriftConfig(Section):
         1.0, description="share of the texts that both runtimes turn into the same tokens"
     )
     converted: DriftLimits = Field(
-        DriftLimits(top1_agreement=0.99, kl=0.01, answers_equal=None),
+        DriftLimits(top1_agreement=0.95, kl=0.01, answers_equal=None),
         description="from torch to a graph of fp32 or fp16: the same model; a run stops where it is not",
+    )
+    merged: DriftLimits = Field(
+        DriftLimits(top1_agreement=0.95, kl=0.01, answers_equal=None),
+        description="adapters into their base: the same model (slmops evaluate --step merged)",
+    )
+    pruned: DriftLimits = Field(
+        DriftLimits(top1_agreement=None, kl=None, answers_equal=None), description="layers, heads, channels, weights"
     )
     quantized: DriftLimits = Field(
         DriftLimits(top1_agreement=None, kl=None, answers_equal=None), description="to int8 or int4"

@@ -76,7 +76,10 @@ def test_another_budget_judges_the_same_models(place: Path) -> None:
     [
         (["compress", "recipe.yaml", "--set", "budget.device=toaster"], "Known devices: raspberry-pi-4"),
         (["compress", "recipe.yaml", "--out", "teacher"], "There is something at teacher already"),
-        (["evaluate", "recipe.yaml", "teacher", "--step", "sideways"], "Choose one of converted, quantized"),
+        (
+            ["evaluate", "recipe.yaml", "teacher", "--step", "sideways"],
+            "Choose one of converted, merged, pruned, quantized",
+        ),
     ],
 )
 def test_wrong_use(place: Path, arguments: list[str], said: str) -> None:

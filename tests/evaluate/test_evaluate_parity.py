@@ -12,10 +12,13 @@ import pytest
 from fakes.tiny_models import tiny_tokenizer, write_tiny_generator, write_tiny_llama, write_tiny_model
 from slmops.artifacts import Message, Row
 from slmops.errors import GateError
-from slmops.evaluate.drift import drift_start, layer_drift, layer_states
+from slmops.evaluate.drift import LayerDrift, drift_start, layer_drift, layer_states
 from slmops.evaluate.gates import Gate
 from slmops.evaluate.parity import (
+    STEPS,
+    LogitParity,
     Parity,
+    Step,
     advice,
     check_step,
     compare_answers,
@@ -222,3 +225,14 @@ def test_a_tokenizer_of_another_model_is_what_is_named() -> None:
     with pytest.raises(GateError, match="at token 0"):
         check_step(parity, gates)
     assert "tokenizer of the checkpoint" in advice(parity)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_has_limits_and_advice(step: Step) -> None:
+    same = compare_tokens(lambda _: [1], lambda _: [1], ["a"])
+    logits = LogitParity(10, kl_mean=2.0, kl_p95=3.0, kl_max=4.0, top1_agreement=0.1)
+    parity = Parity("a", "b", step, same, logits, layers=LayerDrift((0.0, 0.5), 1))
+    failed = [gate for gate in drift_gates(parity, DriftConfig()) if not gate.passed]
+    assert len(failed) == (2 if step in {"converted", "merged"} else 0)
+    assert len(advice(parity)) > 40
+    assert ("layer 1" in advice(parity)) is (step in {"pruned", "quantized"})

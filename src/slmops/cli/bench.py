@@ -52,8 +52,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Less work, for a look.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report on standard output.")] = False,
 ) -> None:
-    """Measure models on this machine: time to the first text, per token and of whole answers; tokens a second by
-    requests at once and by input length; memory, processor time, energy, loading, size on disk.
+    """Measure what models cost on this machine.
+
+    Time to the first text, per token and of whole answers; tokens a second by requests at once and by input length;
+    memory, processor time, energy, loading, size on disk.
 
     Each model runs in a fresh process and they take turns. The report names neither host, user nor prompts. Estimates
     for a device are marked as such; run this on the device to know.

@@ -41,8 +41,10 @@ def compress(
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Make the student of RECIPE small: every form is converted, compared with the form before, scored on the test rows
-    and measured; the table says which meet the budget, and the one that costs the device least is chosen.
+    """Make the student of RECIPE small, and choose the form.
+
+    Every form is converted, compared with the form before, scored on the test rows and measured; the table says which
+    meet the budget, and the one that costs the device least is chosen.
 
     Data, teacher and student are found done, or made first. Where nothing passes, the closest are shown with what each
     would have to give up, and the exit code is 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,7 +15,7 @@ Examples:
 
   slmops evaluate recipe.yaml bundle                              its score, with an interval
 
-  slmops evaluate recipe.yaml merged --against base-and-adapter   did merging change the model?
+  slmops evaluate recipe.yaml merged --against base-and-adapter --step merged
 
   slmops evaluate recipe.yaml int4 --against fp32 --step quantized
 """
@@ -26,7 +26,7 @@ def evaluate(
     model: Path = typer.Argument(help="A bundle, a variant, a model folder or a checkpoint."),
     against: Path | None = typer.Option(None, "--against", help="The form before: compare with it."),
     step: str = typer.Option(
-        "converted", "--step", help="converted or quantized: which limits of gates.drift hold for the comparison."
+        "converted", "--step", help="converted, merged, pruned or quantized: whose limits of gates.drift hold."
     ),
     overrides: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="For example gates.drift.rows=200"),
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
@@ -41,18 +41,17 @@ def evaluate(
     from slmops.recipe import load_recipe
     from slmops.store import Store
 
-    kinds: dict[str, Literal["converted", "quantized"]] = {"converted": "converted", "quantized": "quantized"}
-    if step not in kinds:
-        raise UsageError(f"--step is {step!r}.", remedy=f"Choose one of {', '.join(kinds)}.")
     chosen = load_recipe(recipe, overrides)
     try:
+        from slmops.evaluate.parity import STEPS
         from slmops.pipeline.judge import judge_model
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"slmops evaluate (it needs {error.name})", "train") from None
+    kind = next((one for one in STEPS if one == step), None)
+    if kind is None:
+        raise UsageError(f"--step is {step!r}.", remedy=f"Choose one of {', '.join(STEPS)}.")
     with Store.open(store) as opened, progress_bars() as progress:
-        found = judge_model(
-            chosen, opened, model, against=against, step=kinds[step], offline=offline, progress=progress
-        )
+        found = judge_model(chosen, opened, model, against=against, step=kind, offline=offline, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:

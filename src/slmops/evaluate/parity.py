@@ -34,7 +34,8 @@ from slmops.runtime import (
     open_generator,
 )
 
-Step = Literal["converted", "quantized"]
+Step = Literal["converted", "merged", "pruned", "quantized"]
+STEPS: tuple[Step, ...] = ("converted", "merged", "pruned", "quantized")
 Encode = Callable[[str], Sequence[int]]
 
 PROBES = (
@@ -266,12 +267,12 @@ def compare_models(
         SlmopsError: a model cannot be opened.
     """
     texts = [row.text if closed else "\n".join(message.content for message in to_messages(row)) for row in rows]
-    encoders = [_encoder(folder) for _, folder in (before, after)]
-    tokens = compare_tokens(encoders[0], encoders[1], [*texts, *PROBES])
     models: list[Any] = []
     try:
         for _, folder in (before, after):
             models.append((open_classifier if closed else open_generator)(folder, threads=threads))
+        encoders = [_encoder(folder, model) for (_, folder), model in zip((before, after), models, strict=True)]
+        tokens = compare_tokens(encoders[0], encoders[1], [*texts, *PROBES])
         own = models[1]
         engine = (
             compare_tokens(encoders[1], own.engine_tokens, [*texts, *PROBES]) if isinstance(own, OwnTokenizer) else None
@@ -287,12 +288,20 @@ def compare_models(
     return Parity(before[0], after[0], step, tokens, seen, None, engine, layers, why)
 
 
-def _encoder(folder: Path) -> Encode:
+def _encoder(folder: Path, model: Any) -> Encode:
+    """The folder's tokenizer as slmops reads it; the engine's own where the folder has none for us."""
+    if not (folder / "tokenizer.json").is_file() and isinstance(model, OwnTokenizer):
+        return model.engine_tokens
     from slmops.chat.files import open_tokenizer
 
     tokenizer = open_tokenizer(folder / "tokenizer.json")
     tokenizer.no_truncation()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 def _logits(
@@ -376,8 +385,16 @@ def advice(parity: Parity) -> str:
     if parity.tokens.share < 1:
         return "Use the tokenizer of the checkpoint: the files of the two forms are not of one model."
     layer = parity.layers.start if parity.layers else None
-    if parity.step == "converted":
-        return "A conversion must not change a model: choose another runtime or precision, and report this model."
+    match parity.step:
+        case "converted":
+            return "A conversion must not change a model: choose another runtime or precision, and report this model."
+        case "merged":
+            return "A merge must not change a model: merge again in fp32, from the base that the adapter names."
+        case "pruned":
+            named = "" if layer is None else f" Keep layer {layer} whole, or remove less there."
+            return f"Remove less at a time, and train the student again by the form before it.{named}"
+        case "quantized":
+            pass
     where = "" if layer is None else f", or keep layer {layer} and those near it in more bits"
     return f"Try more bits or a quantizer that is calibrated{where}, or train the student against the loss of bits."
 

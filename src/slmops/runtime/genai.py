@@ -35,6 +35,7 @@ class GenaiGenerator:
 
     def __init__(self, model: Any, chat: ChatTokenizer, description: ModelDescription, config: dict[str, Any]) -> None:
         self._model = model
+        self._own_tokenizer: Any = None
         self._chat = chat
         self.description = description
         self._context_tokens = int(config["model"]["context_length"])
@@ -117,7 +118,7 @@ class GenaiGenerator:
 
     def close(self) -> None:
         """Free the model. The generator cannot be used afterwards."""
-        self._model = None
+        self._model = self._own_tokenizer = None
 
     def _answers(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[Generation]:
         generator, answers = self._start(prompts, requests)
@@ -177,9 +178,11 @@ class GenaiGenerator:
 
     def engine_tokens(self, text: str) -> list[int]:
         """Ids of plain text, as the engine's own tokenizer makes them out of the same files."""
-        import onnxruntime_genai
+        if self._own_tokenizer is None:
+            import onnxruntime_genai
 
-        return [int(token) for token in onnxruntime_genai.Tokenizer(self._model).encode(text)]
+            self._own_tokenizer = onnxruntime_genai.Tokenizer(self._model)
+        return [int(token) for token in self._own_tokenizer.encode(text)]
 
     def _score(self, messages: tuple[Message, ...], target: str) -> TextScore:
         rows, ids = self._target_rows(messages, target)
