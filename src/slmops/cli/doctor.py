@@ -36,9 +36,20 @@ FAST_FLAGS = {
 """What int8 and int4 kernels look for -> the names that the system gives it."""
 
 VERBS = {
-    "": ("doctor", "verify", "chat"),
+    "": ("doctor", "verify", "chat", "bench"),
     "serve": ("serve",),
-    "train": ("init", "data", "distill", "train", "adapters", "trace", "run", "demo"),
+    "train": (
+        "init",
+        "data",
+        "distill",
+        "train",
+        "adapters",
+        "compress",
+        "evaluate",
+        "trace",
+        "run",
+        "demo",
+    ),
 }
 """Extra ("" is the device size) -> the verbs that need it."""
 
