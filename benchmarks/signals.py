@@ -18,7 +18,8 @@ from slmops.pipeline.teach import ask_for_answers, make_student, make_teacher, p
 from slmops.recipe import parse_recipe
 from slmops.store import Store
 
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
+SEEDS, QUICK_SEEDS = (0, 1), (0,)
+CLOSED_ROWS, OPEN_ROWS = 3000, 160
 NONE = {"gold": 1, "forward_kl": 0, "hidden": 0}
 CLOSED: dict[str, dict[str, Any]] = {
     "gold": NONE,
@@ -51,7 +52,7 @@ def closed_recipe(path: str, seed: int, losses: Mapping[str, float], *, quick: b
         "name": "signals-closed",
         "task": "classification",
         "seed": seed,
-        "data": {"train": path, "input": "{text}", "target": "{category}"},
+        "data": {"train": path, "input": "{text}", "target": "{category}", "limit": CLOSED_ROWS},
         "distill": {"losses": dict(losses)},
     }
     if quick:
@@ -70,14 +71,14 @@ def open_recipe(path: str, seed: int, distill: Mapping[str, Any], *, quick: bool
             "train": path,
             "input": "{instruction}",
             "target": "{response}",
-            "limit": 24 if quick else 240,
+            "limit": 24 if quick else OPEN_ROWS,
             "split": {"validation": 0.1, "test": 0.2},
         },
         # Nobody writes answers here: the text is the human's for all, so that the signals alone differ.
         "teacher": {"adapt_epochs": 0.2 if quick else 2, "max_tokens": 1, "min_success_ratio": 0},
         "student": {"layers": 2 if quick else 6},
         "distill": dict(distill),
-        "train": {"max_tokens": 64 if quick else 192, "epochs": 1 if quick else 4},
+        "train": {"max_tokens": 64 if quick else 128, "epochs": 1 if quick else 3},
     }
 
 
