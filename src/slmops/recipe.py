@@ -20,6 +20,9 @@ from slmops.hardware import device_profile, device_profiles, known_devices
 
 Task = Literal["classification", "nli", "conversation", "qa", "math", "summarization", "extraction", "generation"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+GgufQuantization = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k", "q5_0", "q5_1", "q4_0", "q4_1"
+]
 Encoding = Literal["utf-8", "utf-8-sig", "utf-16", "latin-1"]
 CLOSED_TASKS: frozenset[str] = frozenset({"classification", "nli"})
 """Tasks whose answer is one of a fixed set of labels: one forward pass, no decoding."""
@@ -42,12 +45,25 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """Where the rows are and how columns become prompt and answer."""
 
-    train: str = Field(description="csv, jsonl or parquet file, or hf:owner/name@revision[:split[slice]]")
+    train: str = Field(
+        description="csv, jsonl, parquet, txt or md file, or hf:owner/name@revision[:split[slice]]; with text also a "
+        "folder of txt and md files"
+    )
     validation: str | None = Field(None, description="a file of its own instead of a part of train")
     test: str | None = Field(None, description="a file of its own instead of a part of train")
     input: str = Field("{text}", description="template over columns")
     target: str | None = Field("{label}", description="template over columns; null where only the teacher answers")
     messages: str | None = Field(None, description="column with chat messages, instead of input and target")
+    text: str | None = Field(
+        None,
+        description="template over columns of running text, instead of input and target: every token is learnt "
+        "(slmops train, task: generation)",
+    )
+    documents: Literal["paragraph", "section", "file"] | None = Field(
+        None,
+        description="what one document of a txt or md file is; null: a section of an md file (from a heading of the "
+        "first or second level on), a paragraph of a txt file, a whole file of a folder",
+    )
     system: str | None = Field(None, description="system message put before every row")
     id: str | None = Field(None, description="column with unique ids")
     encoding: Encoding = "utf-8"
@@ -57,6 +73,26 @@ class DataConfig(Section):
     )
     max_row_bytes: Annotated[int, Field(gt=0)] = 1_000_000
     split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_running_text(cls, raw: Any) -> Any:
+        """Running text has no answer, so there data.target is null wherever it is not given."""
+        if isinstance(raw, Mapping) and raw.get("text") is not None and "target" not in raw:
+            return {**raw, "target": None}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_running_text(self) -> DataConfig:
+        if self.text is None:
+            return self
+        for key in ("input", "target", "messages", "system"):
+            if (value := getattr(self, key)) is not None and (key, value) != ("input", "{text}"):
+                raise ValueError(
+                    f"data.text is running text, of which every token is learnt, and data.{key} is {value!r}: leave "
+                    f"data.{key} out, or data.text where there are questions and answers"
+                )
+        return self
 
 
 class PricesConfig(Section):
@@ -102,6 +138,11 @@ class TeacherConfig(Section):
     )
     adapt: bool = Field(True, description="train a local teacher on the labelled rows first")
     adapt_epochs: Annotated[float, Field(gt=0)] = 3
+    adapt_text_epochs: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="before that, so many passes over the task's own texts as running text: those of the training rows "
+        "and of distill.unlabelled",
+    )
     adapt_method: Literal["full", "lora"] | None = Field(
         None, description="null: full for closed label sets, LoRA for open tasks"
     )
@@ -154,6 +195,13 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _check_asking(self) -> TeacherConfig:
+        if self.adapt_text_epochs and (self.remote or self.own or not self.adapt):
+            raise ValueError(
+                f"teacher.adapt_text_epochs is {self.adapt_text_epochs:g}, but "
+                + (f"{self.model} is not trained here" if self.remote else "")
+                + (f"a teacher that is {self.model} is no language model that could read" if self.own else "")
+                + ("" if self.remote or self.own else "teacher.adapt is false, so it stays as it is")
+            )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"teacher.samples is {self.samples} and teacher.temperature is 0: all samples would be the same; "
@@ -257,7 +305,9 @@ class DistillConfig(Section):
         0.0, description="unlabelled variations of the training texts per row, labelled by the teacher (closed sets)"
     )
     unlabelled: str | None = Field(
-        None, description="file of further texts that nobody labelled, for a local teacher to label (closed sets)"
+        None,
+        description="file of further texts that nobody labelled, for a local teacher to label (closed sets), and to "
+        "read where teacher.adapt_text_epochs is set",
     )
 
     def weights(self, *, closed: bool) -> dict[str, float]:
@@ -412,7 +462,7 @@ Values = Annotated[Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choi
 
 class SearchConfig(Section):
     """Which keys of student, distill and train are searched, and how. The measure is the student's validation loss, or
-    the budget and the gates."""
+    the budget and the gates; with these, keys of compress.prune too."""
 
     goal: Literal["loss", "budget"] = Field(
         "loss",
@@ -448,16 +498,179 @@ class SearchConfig(Section):
         return self
 
 
+FormatName = Literal["gguf", "openvino", "olive", "onnx-adapters"]
+QUANTIZATIONS: Mapping[str, tuple[str, ...]] = {
+    "gguf": get_args(GgufQuantization),
+    "openvino": get_args(Precision),
+    "olive": (),
+    "onnx-adapters": ("fp32", "int8", "int4"),
+}
+"""How the weights of each format may be stored; the first word of a short form (``gguf:q4_k_m``) is the format."""
+DEFAULT_QUANTIZATIONS: Mapping[str, str] = {"gguf": "q4_k_m", "openvino": "int8", "onnx-adapters": "fp32"}
+
+
+class FormatConfig(Section):
+    """One more variant of the student, for another engine or made by another tool."""
+
+    format: FormatName
+    quantization: str | None = Field(None, description="how weights are stored; null: the format's default")
+    config: str | None = Field(None, description="olive: its configuration file, with the passes it shall run")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")] | None = Field(
+        None, description="of the variant; null: format and quantization"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        if not isinstance(raw, str):
+            return raw
+        name, _, rest = raw.partition(":")
+        return {"format": name, **({"config" if name == "olive" else "quantization": rest} if rest else {})}
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> FormatConfig:
+        if (self.format == "olive") != (self.config is not None):
+            raise ValueError(
+                "compress.formats: olive needs its configuration file as config"
+                if self.config is None
+                else f"compress.formats: config is for olive, and the format is {self.format}"
+            )
+        known = QUANTIZATIONS[self.format]
+        if self.quantization is not None and self.quantization not in known:
+            choice = f"one of {', '.join(known)}" if known else "set in Olive's own configuration"
+            raise ValueError(
+                f"compress.formats: {self.quantization!r} is no quantization of {self.format}; it is {choice}"
+            )
+        return self
+
+    @property
+    def stored_as(self) -> str:
+        """The quantization, the default filled in; empty for Olive, whose passes decide."""
+        return self.quantization or DEFAULT_QUANTIZATIONS.get(self.format, "")
+
+    @property
+    def variant(self) -> str:
+        """The variant's name: ``gguf-q4_k_m``, or ``olive-`` and its file's name."""
+        detail = Path(self.config).stem.lower().replace(" ", "-") if self.config else self.stored_as
+        return self.name or f"{self.format}-{detail}"
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SparsityConfig(Section):
+    """Which weights become zero. What runs a model here computes zeros like other numbers: neither time nor memory
+    falls. The file gets smaller where it is compressed, and other hardware may skip them."""
+
+    method: Literal["wanda", "sparsegpt", "magnitude"] = Field(
+        "sparsegpt",
+        description="wanda: weights by their inputs' size (Sun et al. 2023); sparsegpt: the others make up for those "
+        "that go (Frantar and Alistarh 2023); magnitude: by size alone",
+    )
+    share: Share = 0.5
+    pattern: Literal["free", "2:4"] = Field("free", description="2:4: two of every four neighbours, share 0.5")
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> SparsityConfig:
+        if self.pattern == "2:4" and self.share != 0.5:
+            raise ValueError(f"compress.prune.sparsity.share is {self.share:g}, and two of four are 0.5")
+        return self
+
+
+class RecoverConfig(Section):
+    """Training after pruning, by the model before it (open tasks), or by what the student learnt from (closed ones)."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="null: chosen by the task")
+    losses: LossWeights | None = Field(
+        None, description="null: closed label sets as distill.losses; open tasks {gold: 0.5, forward_kl: 1}"
+    )
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> RecoverConfig:
+        for name in ("attention", "uld"):
+            if self.losses is not None and getattr(self.losses, name):
+                raise ValueError(
+                    f"compress.prune.recover.losses.{name} is set, and recovery learns by gold, forward_kl, reverse_kl "
+                    "and jsd"
+                )
+        return self
+
+
+class PruneConfig(Section):
+    """What is removed from the student before it is converted. Shares are of what is there: 0.25 removes a quarter."""
+
+    of: Literal["student", "teacher"] = Field(
+        "student", description="teacher: the local teacher itself is pruned, and no student is trained"
+    )
+    depth: Share = Field(0.0, description="share of the layers")
+    depth_by: Literal["divergence", "influence", "evenly"] = Field(
+        "divergence",
+        description="which layers go: those without which the answers stay most alike, those that change least of "
+        "what goes through them, or every k-th",
+    )
+    heads: Share = Field(0.0, description="share of the attention heads; groups of them stay even")
+    channels: Share = Field(0.0, description="share of the feed-forward's channels")
+    hidden: Share = Field(0.0, description="share of the hidden size")
+    parameters: Share | None = Field(
+        None, description="share of all parameters; which layers, heads, channels and dimensions is measured"
+    )
+    by: Literal["depth", "width", "both"] = Field("both", description="with parameters: what may go")
+    vocabulary: Literal["keep", "trim"] = Field(
+        "keep", description="trim: only the tokens of the training texts, their parts, and all bytes"
+    )
+    common_merges: Annotated[int, Field(ge=0)] = Field(
+        0, description="with trim: so many of the tokenizer's commonest merges stay besides"
+    )
+    sparsity: SparsityConfig | None = None
+    rows: Annotated[int, Field(gt=0)] = Field(128, description="training rows that parts are weighed on")
+    recover: RecoverConfig | None = Field(RecoverConfig(), description="null: no training after pruning")
+
+    @model_validator(mode="after")
+    def _check_what(self) -> PruneConfig:
+        shares = {name: getattr(self, name) for name in ("depth", "heads", "channels", "hidden")}
+        given = [name for name, share in shares.items() if share]
+        if self.parameters is not None and given:
+            raise ValueError(
+                f"compress.prune has parameters and {given[0]}: the one chooses the other; leave one of them out"
+            )
+        if self.common_merges and self.vocabulary == "keep":
+            raise ValueError("compress.prune.common_merges goes with vocabulary: trim, and vocabulary is keep")
+        return self
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything goes."""
+        shares = (self.depth, self.heads, self.channels, self.hidden, self.parameters)
+        return any(shares) or self.vocabulary == "trim" or self.sparsity is not None
+
+
 class CompressConfig(Section):
     """Which variants are made and measured, and which one may go into the bundle."""
 
+    prune: PruneConfig | None = Field(None, description="what is removed first; null: nothing")
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "fp16", "int8", "int4")
     teacher_precisions: tuple[Precision, ...] = Field(
         ("int8", "int4"), description="quantized forms of a local teacher to compare with"
     )
-    choose: Precision | Literal["auto"] = Field(
-        "auto", description="auto: the smallest variant that passes gates and budget"
+    choose: str = Field(
+        "auto", description="a precision, the name of a format's variant, or auto: the smallest that passes"
     )
+    formats: tuple[FormatConfig, ...] = Field(
+        (), description="variants for other engines: gguf:q4_k_m, openvino:int8 …"
+    )
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping | FormatConfig) else value
+
+    @model_validator(mode="after")
+    def _own_names(self) -> CompressConfig:
+        names = [*self.precisions, *(one.variant for one in self.formats)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"compress makes two variants named {twice[0]}: give one of them another name")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -635,10 +848,22 @@ class Recipe(Section):
             raise ValueError(
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
             )
+        self._check_running_text()
+        if self.train.forgetting and self.closed:
+            raise ValueError(
+                f"train.forgetting is set, but the task is {self.task}: a classifier keeps no output layer over "
+                "tokens, so it has no loss on general text before or after training that a budget could hold; leave "
+                "it out, or choose an open task"
+            )
         if self.budget.tokens_per_s is not None and self.closed:
             raise ValueError(
                 f"budget.tokens_per_s is for models that write text; the answers of {self.task} are labels: "
                 "use budget.latency_ms_p95"
+            )
+        if self.closed and (wrong := [one.format for one in self.compress.formats]):
+            raise ValueError(
+                f"compress.formats has {wrong[0]}, which holds models that write text; the answers of {self.task} are "
+                "labels: use compress.precisions"
             )
         if self.train.preferences and self.closed:
             raise ValueError(
@@ -652,7 +877,41 @@ class Recipe(Section):
                 )
             self._check_olive()
         self._check_teacher()
+        prune = self.compress.prune
+        losses = prune.recover.losses if prune is not None and prune.recover is not None else None
+        if losses is not None and losses.hidden and not self.closed:
+            raise ValueError(
+                "compress.prune.recover.losses.hidden is for closed label sets: an open task recovers by the "
+                "distribution over the next token"
+            )
         return self
+
+    def _check_running_text(self) -> None:
+        """What does not go with text that has no answers."""
+        data = self.data
+        if data.documents is not None and data.text is None:
+            raise ValueError(
+                f"data.documents is {data.documents}, but data.text is not set: it divides running text, for example "
+                'text: "{text}"'
+            )
+        if data.text is None:
+            return
+        if self.task != "generation":
+            raise ValueError(
+                f"data.text is running text without answers, and the task is {self.task}: set task: generation"
+            )
+        for key, on in (
+            ("train.engine: olive", self.train.engine == "olive"),
+            ("train.preferences", self.train.preferences is not None),
+            ("search", self.search is not None),
+            ("distill.unlabelled", self.distill.unlabelled is not None),
+            ("teachers", bool(self.teachers)),
+        ):
+            if on:
+                raise ValueError(
+                    f"data.text is running text without answers, and {key} is set, which is for rows with answers: "
+                    "leave one of both out"
+                )
 
     def _check_olive(self) -> None:
         """Refuse what does not reach Olive, instead of leaving it out in silence."""
@@ -710,7 +969,7 @@ class Recipe(Section):
 _Location = tuple[str | int, ...]
 _TAGS = frozenset({"range", "choices"})
 """What pydantic puts into a location to say which of several types it tried."""
-_TEMPLATES: frozenset[_Location] = frozenset({("data", "input"), ("data", "target")})
+_TEMPLATES: frozenset[_Location] = frozenset({("data", "input"), ("data", "target"), ("data", "text")})
 """Texts that start with a brace, which YAML takes for a mapping where they are not quoted."""
 
 
@@ -783,6 +1042,8 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     for part in (raw["teacher"], raw["teacher"]["judge"]):
         if part is not None and isinstance(part["prices"], str):
             part["prices"] = Path(part["prices"]).name
+    for made in raw["compress"]["formats"]:
+        made["config"] = made["config"] and Path(made["config"]).name
     train = raw["train"]
     for key in ("loss", "tracking_folder"):
         train[key] = train[key] and Path(train[key]).name
@@ -801,6 +1062,8 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """
     raw = recipe_json(recipe)
     raw["search"] = None
+    if raw["compress"]["prune"] is None and any(name.startswith(f"{SEARCHED_PRUNE}.") for name in values):
+        raw["compress"]["prune"] = {}
     for name, value in values.items():
         section: Any = raw
         *parents, last = name.split(".")
@@ -813,6 +1076,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 SEARCHED = ("student", "distill", "train")
+SEARCHED_PRUNE = "compress.prune"
 _NOT_COMPARABLE = {
     "train.max_tokens": "it changes what the validation loss is measured on",
     "train.preferences": "the validation loss is taken before the preferences are learnt",
@@ -828,8 +1092,10 @@ def _space_problem(recipe: Recipe) -> tuple[str, str, str | None] | None:
     excluded = _NOT_COMPARABLE | ({} if recipe.closed else _NOT_COMPARABLE_OPEN)
     for key, values in recipe.search.space.items() if recipe.search else ():
         name = f"search.space.{key}"
-        if key.split(".")[0] not in SEARCHED or "." not in key:
-            return key, f"{name} cannot be searched.", f"Keys of these sections can: {', '.join(SEARCHED)}."
+        pruned = key.startswith(f"{SEARCHED_PRUNE}.") and recipe.search is not None and recipe.search.goal == "budget"
+        if not pruned and (key.split(".")[0] not in SEARCHED or "." not in key):
+            remedy = f"Keys of these sections can: {', '.join(SEARCHED)}; with goal: budget also {SEARCHED_PRUNE}."
+            return key, f"{name} cannot be searched.", remedy
         for closed_to, why in excluded.items():
             if f"{key}.".startswith(f"{closed_to}."):
                 return key, f"{name} cannot be searched: {why}.", None
@@ -949,6 +1215,15 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
         for key in ("train", "validation", "test"):
             if isinstance(data.get(key), str) and not _has_scheme(data[key]):
                 data[key] = str((folder / data[key]).resolve())
+    compress = raw.get("compress")
+    formats = _as_list(compress.get("formats")) if isinstance(compress, dict) else []
+    for number, made in enumerate(formats):
+        if isinstance(made, str) and made.startswith("olive:"):
+            formats[number] = f"olive:{(folder / made.removeprefix('olive:')).resolve()}"
+        elif isinstance(made, dict) and isinstance(made.get("config"), str):
+            made["config"] = str((folder / made["config"]).resolve())
+    if isinstance(compress, dict) and "formats" in compress:
+        compress["formats"] = formats
     distill = raw.get("distill")
     texts = distill.get("unlabelled") if isinstance(distill, dict) else None
     if isinstance(distill, dict) and isinstance(texts, str) and not _has_scheme(texts):

@@ -101,6 +101,67 @@ def test_every_task_is_trained_and_answers(call: Call, base: Path, tmp_path: Pat
     assert (code, json.loads(out)["reused"]) == (0, True)
 
 
+def write_field(folder: Path) -> Path:
+    """A handbook as people have it: a folder of chapters, of which some lie deeper, and a note of the editor."""
+    lines = ["my card is lost and I want a refund", "what is the fee of my account", "where is my top up today"]
+    chapters = folder / "handbook"
+    (chapters / "annex").mkdir(parents=True)
+    for number in range(24):
+        place = chapters if number % 2 else chapters / "annex"
+        (place / f"{number}.md").write_text(f"# {number}\n\n" + "\n".join(lines[: 1 + number % 3]) + "\n", "utf-8")
+    (chapters / ".draft.md").write_text("not yet", "utf-8")
+    return chapters
+
+
+def field_recipe(folder: Path, base: Path, **sections: Any) -> Path:
+    recipe = {
+        "name": "field",
+        "task": "generation",
+        "data": {"train": "handbook", "text": "{text}", "near_duplicates": None},
+        "teacher": {"model": str(base)},
+        "train": {"epochs": 12, "batch_size": 4, "precision": "fp32", "learning_rate": 5e-3, "max_tokens": 48},
+        **sections,
+    }
+    path = folder / "field.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_a_folder_of_running_text_makes_a_model_of_its_field(call: Call, base: Path, tmp_path: Path) -> None:
+    write_field(tmp_path)
+    recipe = field_recipe(tmp_path, base)
+    code, out, err = call("train", recipe, "--out", tmp_path / "field", "--json")
+    assert code == 0, err
+    found = json.loads(Path(json.loads(out)["path"], "manifest.json").read_text("utf-8"))["metrics"]
+    assert 0 < found["documents_trained"] < 24, "chapters are held out, and the hidden note is none"
+    assert found["tokens_judged"] > 0
+    assert found["perplexity_after"] < 0.5 * found["perplexity_before"]
+    assert (tmp_path / "field/model.safetensors").exists()
+    code, out, err = call("train", recipe)
+    assert code == 0, err
+    assert "perplexity" in (out + err)
+    taught = write_recipe(tmp_path, tmp_path / "field", "qa")
+    assert call("train", taught)[0] == 0, "the field's model is a base like any other"
+
+
+def test_running_text_is_for_training_alone(call: Call, base: Path, tmp_path: Path) -> None:
+    write_field(tmp_path)
+    code, _, err = call("run", field_recipe(tmp_path, base))
+    assert code in (1, 2)
+    assert "slmops train RECIPE --out FOLDER" in err
+    code, _, err = call("train", field_recipe(tmp_path, base, task="qa"))
+    assert code in (1, 2)
+    assert "set task: generation" in err
+    code, _, err = call("train", field_recipe(tmp_path, base, data={"train": "handbook"}))
+    assert code in (1, 2)
+    assert "a folder of txt and md files goes with data.text" in err
+    empty = {"train": "nothing", "text": "{text}"}
+    (tmp_path / "nothing").mkdir()
+    code, _, err = call("train", field_recipe(tmp_path, base, data=empty))
+    assert code in (1, 2)
+    assert "holds no txt or md file" in err
+
+
 def test_adapters_are_listed_combined_and_merged(call: Call, base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, "qa")
     for name, seed in (("first", 1), ("second", 2)):

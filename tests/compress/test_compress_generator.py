@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,22 +173,21 @@ def test_a_classifier_is_turned_away(checkpoint: Path, tmp_path: Path) -> None:
         export_generator(folder, draft_in(tmp_path), precision="fp32", **ABOUT)
 
 
-def test_a_builder_that_fails_is_quoted_and_its_log_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_builder_does_not_know_is_named_and_its_log_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     folder = copy_without(checkpoint, tmp_path / "c", "")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["UnheardOfForCausalLM"]}), "utf-8")
     draft = draft_in(tmp_path)
-    with pytest.raises(ConversionError, match=r"int4 model ended with exit code 1.*Leave int4 out") as caught:
+    with pytest.raises(ConversionError, match="builder does not know models of the type 'UnheardOfForCausalLM'"):
         export_generator(folder, draft, precision="int4", **ABOUT)
     log = draft.work / "builder-int4.log"
-    assert str(log) in str(caught.value)
     assert "Traceback" in log.read_text("utf-8")
 
 
 def test_a_builder_that_ends_well_without_a_model_is_noticed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting.sys, "executable", "/bin/true")
+    monkeypatch.setattr(sys, "executable", "/bin/true")
     with pytest.raises(ConversionError, match=r"ended without model\.onnx"):
         export_generator(checkpoint, draft_in(tmp_path), precision="int4", **ABOUT)
 
@@ -198,7 +198,7 @@ def test_the_builder_runs_offline_and_quietly(
     script = tmp_path / "record"
     script.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\necho noise\necho noise >&2\nexit 3\n", "utf-8")
     script.chmod(0o755)
-    monkeypatch.setattr(exporting.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     before = dict(os.environ)
     with pytest.raises(ConversionError, match="exit code 3: noise / noise"):
         export_generator(checkpoint, draft_in(tmp_path), precision="fp32", **ABOUT)
@@ -209,7 +209,7 @@ def test_the_builder_runs_offline_and_quietly(
 
 
 def test_progress_runs_from_nothing_to_all(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(checkpoint: Path, work: Path, precision: str, what: str, remedy: str) -> Path:
+    def build(checkpoint: Path, work: Path, *_: Any) -> Path:
         built = work / "built"
         built.mkdir()
         for name in ("model.onnx", "genai_config.json"):
@@ -217,7 +217,7 @@ def test_progress_runs_from_nothing_to_all(checkpoint: Path, tmp_path: Path, mon
         return built
 
     monkeypatch.setattr(exporting, "_build", build)
-    monkeypatch.setattr(exporting, "_ask", lambda folder: -1.0)
+    monkeypatch.setattr(exporting, "ask_genai", lambda folder: -1.0)
     events: list[Progress] = []
     export_generator(checkpoint, draft_in(tmp_path), precision="fp32", **ABOUT, progress=events.append)
     assert [event.done for event in events] == [0, 1, 2, 3]
@@ -226,7 +226,7 @@ def test_progress_runs_from_nothing_to_all(checkpoint: Path, tmp_path: Path, mon
 def test_a_model_that_cannot_be_loaded_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build(checkpoint: Path, work: Path, precision: str, what: str, remedy: str) -> Path:
+    def build(checkpoint: Path, work: Path, *_: Any) -> Path:
         built = work / "built"
         built.mkdir()
         for name in ("model.onnx", "genai_config.json"):

@@ -48,7 +48,7 @@ Run = Callable[..., Prepared]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """``run(train=path, task=..., seed=..., fetch_hub=..., **config)``."""
+    """``run(train=path, task=..., seed=..., fetch_hub=..., **config)``, the paths of files or folders."""
     count = 0
 
     def _run(*, task: Task = "classification", seed: int = 0, fetch_hub: Any = None, **config: Any) -> Prepared:

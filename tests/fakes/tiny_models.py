@@ -149,7 +149,12 @@ SCALING = ("gemma2", "granite", "cohere", "cohere2", "falcon_h1")
 """Further families, whose models do something to the output layer's numbers."""
 
 
-def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512) -> Any:
+def write_tiny_model(
+    folder: Path, architecture: str, *, context_tokens: int = 512, layers: int = 2, **changes: Any
+) -> Any:
+    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model. ``changes``: of
+    the configuration."""
+def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512, layers: int = 2) -> Any:
     """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -161,7 +166,8 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     own: dict[str, dict[str, Any]] = {
-        "smollm3": {"no_rope_layers": [1, 0]},
+        "smollm3": {"no_rope_layers": [1, 0] if layers == 2 else None},
+        "smollm3": {"no_rope_layers": [1 - number % 2 for number in range(layers)]},
         "qwen3": {"head_dim": 16},
         "phi3": {"sliding_window": 16},
         "phi4": {
@@ -170,21 +176,37 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
         "gemma3": {
             "head_dim": 16,
             "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "full_attention"] if layers == 2 else None,
+            "layer_types": _alternating(layers),
             "query_pre_attn_scalar": 16,
         },
         "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0},
         "granite": {"logits_scaling": 6.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
         "cohere": {"logit_scale": 0.25},
-        "cohere2": {"logit_scale": 0.25, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "cohere2": {"logit_scale": 0.25, "sliding_window": 16, "layer_types": _alternating(layers)},
         "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    }
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context_tokens,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": architecture in {"llama", "gemma3", "qwen2", "qwen3", "smollm3"},
+        "initializer_range": 0.3,
     }
     config = AutoConfig.for_model(
         {"phi4": "phi3", "gemma3": "gemma3_text"}.get(architecture, architecture),
+        **{**shape, **own.get(architecture, {}), **changes},
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context_tokens,
@@ -199,6 +221,10 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def _alternating(layers: int) -> list[str]:
+    return [("sliding_attention", "full_attention")[number % 2] for number in range(layers)]
 
 
 def write_tiny_generator(

@@ -15,7 +15,7 @@ from slmops.errors import DataError, RecipeError
 from slmops.pipeline import distill_recipe, run_recipe
 from slmops.pipeline.azureml.job import travelling_recipe, uploads_of
 from slmops.pipeline.context import Context
-from slmops.pipeline.teach import impossible_signals, make_student
+from slmops.pipeline.teach import impossible_signals, make_student, make_teacher, prepare_data
 from slmops.progress import Progress, ignore
 from slmops.recipe import Recipe, load_recipe, portable_recipe
 from slmops.store import Store
@@ -122,3 +122,33 @@ def test_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load_recipe(folder / "r.yaml", ["distill.unlabelled=null"]).distill.unlabelled is None
     hub = load_recipe(folder / "r.yaml", ["distill.unlabelled=hf:a/b@main:train"])
     assert portable_recipe(hub)["distill"]["unlabelled"] == "hf:a/b@main:train"
+
+
+def test_a_teacher_reads_the_texts_before_it_is_adapted(place: Place, tmp_path: Path) -> None:
+    """It is the adapted teacher's base then; a changed file is read again, and no text of the test rows is read."""
+    path = write_texts(tmp_path / "more.jsonl", *FRESH)
+    recipe = recipe_of(place, path, teacher={"adapt_epochs": 1, "adapt_text_epochs": 20})
+    with Store.open(tmp_path / "store") as store:
+        data = prepare_data(Context(recipe, store, False, ignore))
+        plain = make_teacher(Context(recipe_of(place, path), store, False, ignore), data)
+        teacher = make_teacher(Context(recipe, store, False, ignore), data)
+        assert plain is not None
+        assert teacher is not None
+        assert teacher.manifest.inputs["model"] != plain.manifest.inputs["model"]
+        reader = store.find(teacher.manifest.inputs["model"])
+        metrics = reader.manifest.metrics
+        assert metrics["documents_trained"] == len([*data.rows("train")]) + len(FRESH)
+        assert metrics["perplexity_after"] < metrics["perplexity_before"]
+        again = make_teacher(Context(recipe, store, False, ignore), data)
+        assert again is not None
+        assert again.digest == teacher.digest
+        write_texts(path, FRESH[0])
+        fewer = make_teacher(Context(recipe, store, False, ignore), data)
+        assert fewer is not None
+        assert fewer.manifest.inputs["model"] != teacher.manifest.inputs["model"]
+
+
+@pytest.mark.parametrize("teacher", [{"adapt": False}, {"model": "linear"}, {"model": "openai:big"}])
+def test_a_teacher_that_is_not_trained_here_reads_nothing(place: Place, teacher: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"teacher\.adapt_text_epochs is 1"):
+        place.recipe(privacy="remote", teacher={"adapt_text_epochs": 1, **teacher})

@@ -18,7 +18,8 @@ from slmops.artifacts import Message
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError, ModelNotFoundError
 from slmops.runtime.base import Generation, GenerationRequest
 from slmops.runtime.device import open_device_model
-from slmops.runtime.genai import MAX_BATCH, GenaiGenerator, greedy_batches, log_likelihood
+from slmops.runtime.genai import MAX_BATCH, GenaiGenerator, greedy_batches
+from slmops.runtime.sampling import log_likelihood
 
 QUESTIONS = ["hello", "how are you today? my card is lost and I want a refund", "x", "ü€😀", "", "hello"]
 

@@ -369,7 +369,7 @@ def test_general_rows_that_are_none(llama: Path, tmp_path: Path, text: str | Non
 
 def test_a_classifier_has_no_general_text(llama: Path, tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data", {"train": toy_rows(6, 0), "validation": toy_rows(3, 1)}, ["balance"])
-    with pytest.raises(RecipeError, match="a classifier cannot write general text"):
+    with pytest.raises(RecipeError, match="a classifier keeps no output layer"):
         finetune(job_of(llama, dataset, make_draft(tmp_path), closed=True, forgetting={"data": "x.jsonl"}))
 
 

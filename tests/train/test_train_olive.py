@@ -23,9 +23,10 @@ from slmops.artifacts import Draft
 from slmops.chat import ChatTokenizer
 from slmops.errors import ConversionError, MissingExtraError, ModelError, RecipeError
 from slmops.models import fetch_model
+from slmops.models.confined import REFUSED
 from slmops.recipe import LoraConfig, TrainConfig, parse_recipe
 from slmops.train.generator.olive import linear_names, pass_options, train_with_olive
-from slmops.train.generator.olive_child import REFUSED, workflow
+from slmops.train.generator.olive_child import workflow
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -96,7 +97,7 @@ def test_an_olive_without_output_is_an_error(llama: Path, tmp_path: Path, monkey
 def test_the_child_reaches_this_machine_only() -> None:
     code = """
 import socket
-import slmops.train.generator.olive_child as child
+import slmops.models.confined as child
 child.stay_here()
 server = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(server.getsockname()).close()
@@ -118,8 +119,8 @@ def test_nothing_of_the_heartbeat_is_left() -> None:
     """Olive sends it before it reads the variable that should forbid it."""
     pytest.importorskip("olive", reason="the extra olive is not installed")
     code = (
-        "import slmops.train.generator.olive_child as child\n"
-        "child.stay_here(); child.silence()\n"
+        "import slmops.models.confined as child\n"
+        "child.stay_here(); child.silence_olive()\n"
         "from olive.telemetry import Telemetry\n"
         "Telemetry()\nprint('made')\n"
     )

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fakes.tiny_models import tiny_tokenizer
 from slmops.errors import ModelError
 from slmops.models.classifier import PooledClassifier, load_classifier, save_classifier
+from slmops.models.cut import evenly_spread
 from slmops.train.student import (
     EMBEDDING_SCALE,
     StudentShape,
-    evenly_spread,
     narrow_encoder,
     principal_components,
     shallow_copy,

@@ -21,6 +21,7 @@ from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.distill import keep_token_signals, plan_token_signals
 from slmops.distill import token_signals as stage
 from slmops.errors import DataError, ModelError, StorageError, UsageError
+from slmops.models.vocabulary import trim_vocabulary
 from slmops.progress import Progress
 from slmops.recipe import DistillConfig, LossWeights, StudentConfig, TrainConfig
 from slmops.runtime.token_teacher import TokenTeacher
@@ -34,7 +35,6 @@ from slmops.train.generator.signals import (
     to_student,
 )
 from slmops.train.generator.taught import OnlineTeacher, Taught, TaughtObjective, check_layer_map
-from slmops.train.vocabulary import trim_vocabulary
 
 TRAIN = TrainConfig(precision="fp32", batch_size=4, epochs=4, learning_rate=5e-3)
 TOP_K = 6

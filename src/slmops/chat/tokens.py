@@ -235,6 +235,12 @@ class ChatTokenizer:
         return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
     @property
+    def end_token_id(self) -> int | None:
+        """The tokenizer's EOS, else the first token that ends a turn: what closes a document."""
+        own = self._id_of("eos_token")
+        return own if own is not None else next(iter(self.eos_token_ids), None)
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._id_of("bos_token")
 

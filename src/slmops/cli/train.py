@@ -1,4 +1,4 @@
-"""``slmops train``: fine-tune a model on a recipe's gold answers, without a teacher."""
+"""``slmops train``: fine-tune a model on a recipe's gold answers or running text, without a teacher."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def train(
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Fine-tune a model on the gold answers of RECIPE.
+    """Fine-tune a model on the rows or the running text of RECIPE.
 
-    The model is student.model, or the teacher's where none is named; train.method chooses full, lora, qlora or
-    bottleneck. A training that was stopped goes on where it was.
+    Rows teach their gold answers, running text (data.text) every token of it. The model is student.model, or the
+    teacher's where none is named; train.method chooses full, lora, qlora or bottleneck. A training that was stopped
+    goes on where it was.
     """
     from slmops.cli.render import print_json, progress_bars
     from slmops.errors import MissingExtraError, UsageError

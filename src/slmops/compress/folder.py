@@ -94,6 +94,7 @@ def write_description(
     name: str,
     system: str | None,
     pad_token_id: int,
+    adapters: Sequence[str] = (),
 ) -> None:
     """Write ``slmops.json``, read by :class:`slmops.runtime.ModelDescription`."""
     description = {
@@ -107,6 +108,7 @@ def write_description(
         "name": name,
         "system": system,
         "pad_token_id": pad_token_id,
+        **({"adapters": list(adapters)} if adapters else {}),
     }
     (folder / MODEL_DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False) + "\n", "utf-8")
 

@@ -14,14 +14,14 @@ Not covered: how much a lower precision costs. That is measured by the stage eva
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Draft, Message
+from slmops.chat import ChatTokenizer
+from slmops.compress.child import run_child
 from slmops.compress.folder import (
     TRIAL_TEXT,
     check_answers,
@@ -30,12 +30,13 @@ from slmops.compress.folder import (
     count_parameters,
     model_folder,
     pad_token_id,
-    read_json,
     step,
     write_description,
 )
-from slmops.errors import ConversionError, ModelError
-from slmops.models.folder import refuse_bottlenecks
+from slmops.compress.sound import check_language_model
+from slmops.compress.template import check_template
+from slmops.errors import ConversionError
+from slmops.models.folder import read_config
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import Precision
 
@@ -52,16 +53,9 @@ OPTIONS: dict[Precision, tuple[str, ...]] = {
     "int8": QUANTIZED_OPTIONS,
     "int4": (*QUANTIZED_OPTIONS, "op_types_to_quantize=MatMul/Gather"),
 }
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "ORT_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 TRIAL_TOKENS = 4
-LOG_TAIL_LINES = 3
+UNKNOWN_MODEL = "model is not currently supported"
+"""What the builder says of an architecture that it does not have."""
 STEPS = 3
 
 
@@ -74,33 +68,37 @@ def export_generator(
     name: str,
     max_tokens: int,
     system: str | None,
+    builder_options: Sequence[str] = (),
+    change: Callable[[Path], None] | None = None,
+    adapters: Sequence[str] = (),
     progress: ProgressSink = ignore,
 ) -> None:
     """Fill ``draft`` with the language model at ``checkpoint_folder``, at ``precision``. The builder's log is
     ``draft.work/builder-<precision>.log``.
 
+    ``builder_options``: more of the builder's own, ``key=value``. ``change``: called with the folder when graph and
+    weights are in it. ``adapters``: names of those that ``change`` puts beside.
+
     Raises:
         ModelError: the folder is not a language model with a chat template.
         ConversionError: the builder failed (its last lines are in the message), or what it made does not answer.
     """
-    refuse_bottlenecks(checkpoint_folder)
-    config = read_json(checkpoint_folder / "config.json")
-    if (checkpoint_folder / "labels.json").exists():
-        raise ModelError(
-            f"{checkpoint_folder} is a classifier, not a language model.", remedy="Export it as a classifier."
-        )
+    config = check_language_model(checkpoint_folder)
+    check_template(ChatTokenizer.load(checkpoint_folder), checkpoint_folder)
     parameters = count_parameters(checkpoint_folder)
     folder = model_folder(draft)
     task_name = f"compress {precision}"
     what, remedy = f"Building the {precision} model", f"Leave {precision} out of compress.precisions."
     progress(Progress(task_name, 0, STEPS, "steps", "build"))
-    built = _build(checkpoint_folder, draft.work, precision, what, remedy)
+    built = _build(checkpoint_folder, draft.work, precision, what, remedy, builder_options)
     with step(what, remedy):
         for file in BUILDER_FILES:
             if (built / file).exists():
                 shutil.move(built / file, folder / file)
         if precision in ("fp16", "int8"):
             _rewrite(folder, precision)
+        if change is not None:
+            change(folder)
     shutil.rmtree(built, ignore_errors=True)
     progress(Progress(task_name, 1, STEPS, "steps", "tokenizer"))
     copy_tokenizer(checkpoint_folder, folder)
@@ -116,14 +114,17 @@ def export_generator(
         name=name,
         system=system,
         pad_token_id=pad_token_id(config),
+        adapters=adapters,
     )
     progress(Progress(task_name, 2, STEPS, "steps", "check"))
-    check_answers(what, remedy, lambda: _ask(folder))
+    check_answers(what, remedy, lambda: ask_genai(folder))
     draft.metrics |= {"precision": precision, "parameters": parameters}
     progress(Progress(task_name, STEPS, STEPS, "steps"))
 
 
-def _build(checkpoint: Path, work: Path, precision: Precision, what: str, remedy: str) -> Path:
+def _build(
+    checkpoint: Path, work: Path, precision: Precision, what: str, remedy: str, options: Sequence[str] = ()
+) -> Path:
     """Run the builder; the folder that it wrote.
 
     Raises:
@@ -137,31 +138,21 @@ def _build(checkpoint: Path, work: Path, precision: Precision, what: str, remedy
         "output": str(built.resolve()),
         "precision": "fp32" if precision == "fp16" else precision,
         "cache": str((work / "builder-cache").resolve()),
-        "options": ["hf_token=false", *OPTIONS[precision]],
+        "options": ["hf_token=false", *OPTIONS[precision], *options],
     }
     request.write_text(json.dumps(content), "utf-8")
-    with log.open("wb") as output:
-        child = subprocess.run(
-            [sys.executable, "-m", "slmops.compress.builder_child", str(request.resolve())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **OFFLINE},
-            cwd=work,
-            check=False,
-        )
-    if child.returncode != 0:
+    try:
+        run_child(["-m", "slmops.compress.builder_child", str(request.resolve())], log, what=what, remedy=remedy)
+    except ConversionError as error:
+        if UNKNOWN_MODEL not in error.message:
+            raise
+        kind = (read_config(checkpoint).get("architectures") or ["?"])[0]
         raise ConversionError(
-            f"{what} ended with exit code {child.returncode}: {_tail(log)}",
-            remedy=f"{remedy} The whole log is {log}.",
-        )
+            f"onnxruntime-genai's builder does not know models of the type {kind!r}.",
+            remedy="Choose another student, or a format that knows it (compress.formats).",
+        ) from error
     check_files(built, [GRAPH_NAME, "genai_config.json"], what, remedy)
     return built
-
-
-def _tail(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return " / ".join(lines[-LOG_TAIL_LINES:]) or "it printed nothing"
 
 
 def _rewrite(folder: Path, precision: Precision) -> None:
@@ -176,7 +167,8 @@ def _rewrite(folder: Path, precision: Precision) -> None:
     save_graph(model, folder, external=True)
 
 
-def _ask(folder: Path) -> Any:
+def ask_genai(folder: Path) -> Any:
+    """Generate a little and score a little; the log-probability."""
     from slmops.runtime.base import GenerationRequest
     from slmops.runtime.genai import GenaiGenerator
 

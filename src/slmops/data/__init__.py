@@ -5,11 +5,12 @@ are what its key depends on.
 """
 
 from slmops.data.prepare import prepare, source_digests, stage_config
-from slmops.data.sources import FetchHub
+from slmops.data.sources import FetchHub, Source
 from slmops.data.unlabelled import check_unlabelled, read_unlabelled, unlabelled_source
 
 __all__ = [
     "FetchHub",
+    "Source",
     "check_unlabelled",
     "prepare",
     "read_unlabelled",

@@ -50,7 +50,9 @@ class RowBuilder:
 
     @classmethod
     def of(cls, config: DataConfig, task: Task) -> RowBuilder:
-        """Parse the templates. Raises :class:`RecipeError`."""
+        """Parse the templates. Running text is a turn without an answer. Raises :class:`RecipeError`."""
+        if config.text is not None:
+            return cls(config, task, parse_template(config.text, key="data.text"), None)
         if config.messages is not None:
             return cls(config, task, None, None)
         target = None if config.target is None else parse_template(config.target, key="data.target")
@@ -60,7 +62,8 @@ class RowBuilder:
     def names(self) -> dict[str, str]:
         """Columns (or dotted paths) that must be there, each with the recipe's key that names it."""
         names: dict[str, str] = {}
-        for key, template in (("data.input", self.input), ("data.target", self.target)):
+        shown = "data.input" if self.config.text is None else "data.text"
+        for key, template in ((shown, self.input), ("data.target", self.target)):
             for name in template.required if template else ():
                 names.setdefault(name, key)
         for key, column in (
@@ -115,7 +118,7 @@ class RowBuilder:
         text = clean(self.input.render(values))
         target = None if self.target is None else clean(self.target.render(values))
         if not text:
-            raise MissingValueError("input is empty")
+            raise MissingValueError("input is empty" if self.config.text is None else "text is empty")
         if target == "":
             raise MissingValueError("target is empty")
         return [Message("user", text)], target

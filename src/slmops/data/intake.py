@@ -250,7 +250,10 @@ class Taken:
 def records_of(source: Source, builder: RowBuilder, encoding: str) -> Iterator[tuple[Reading, Record | BadRecord]]:
     """Records of all files of a source within its slice; rows are numbered through all its files."""
     config = builder.config
-    readings = [Reading(path, encoding, config.max_row_bytes, builder.top_columns) for path in source.files]
+    documents = config.documents or (None if source.folder is None else "file")
+    readings = [
+        Reading(path, encoding, config.max_row_bytes, builder.top_columns, documents=documents) for path in source.files
+    ]
     counts = None
     if source.slice is not None and source.slice.needs_total:
         counts = [count_records(reading) for reading in readings]

@@ -1,4 +1,5 @@
-"""Files to records, one at a time: csv, tsv, JSON lines, a JSON array, parquet; the text forms also gzipped.
+"""Files to records, one at a time: csv, tsv, JSON lines, a JSON array, parquet, documents of running text (txt, md);
+all but parquet also gzipped.
 
 Guarantees: memory is bounded by one row of at most ``max_row_bytes`` (parquet: by one batch); what comes after a bad
 row is still read; every record knows its row, 1-based and counting data rows. Bytes that are not of the named encoding
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from slmops.errors import DataError
 
@@ -29,6 +30,10 @@ PARQUET_BATCH_ROWS = 512
 RAW_CLIP_CHARS = 500
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+DOCUMENT_SUFFIXES = (".txt", ".md")
+"""Running text: records of one column, ``text``."""
+
+Documents = Literal["paragraph", "section", "file"]
 
 _STRUCTURE = re.compile(r'["\[\]{},]')
 _STRING_END = re.compile(r'[\\"]')
@@ -58,6 +63,7 @@ class Reading:
 
     ``columns``  wanted top-level columns (parquet reads no others), or None for all
     ``header``   columns of the file where it says so itself (csv, parquet); filled when the reading starts
+    ``documents``  what one record of a txt or md file is; None: a paragraph of txt, a section of md
     """
 
     path: Path
@@ -65,6 +71,7 @@ class Reading:
     max_row_bytes: int = 1_000_000
     columns: Sequence[str] | None = None
     header: tuple[str, ...] | None = None
+    documents: Documents | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -86,10 +93,13 @@ def read_records(reading: Reading) -> Iterator[Record | BadRecord]:
         return _guarded(reading, _read_csv)
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return _guarded(reading, _read_json)
+    if name.endswith(DOCUMENT_SUFFIXES):
+        return _guarded(reading, _read_documents)
     if path.name.lower().endswith(".parquet"):
         return _read_parquet(reading)
     raise DataError(
-        f"{path} is of no kind that can be read.", remedy=f"Kinds: {', '.join(SUFFIXES)}; the text kinds also with .gz."
+        f"{path} is of no kind that can be read.",
+        remedy=f"Kinds: {', '.join((*SUFFIXES, *DOCUMENT_SUFFIXES))}; all but parquet also with .gz.",
     )
 
 
@@ -263,6 +273,49 @@ def _too_large(text: str, max_bytes: int) -> bool:
 
 def _oversized(row: int, max_row_bytes: int, raw: str) -> BadRecord:
     return BadRecord(row, f"row is larger than data.max_row_bytes ({max_row_bytes})", raw[:RAW_CLIP_CHARS])
+
+
+# --- running text -------------------------------------------------------------------------------------------------
+
+_HEADING = re.compile(r" {0,3}#{1,2}(?:[ \t]|$)")
+_FENCE = re.compile(r" {0,3}(```|~~~)")
+
+
+def _read_documents(reading: Reading, file: IO[bytes], cursor: _Cursor) -> Iterator[Record | BadRecord]:
+    reading.header = ("text",)
+    markdown = reading.path.name.lower().removesuffix(".gz").endswith(".md")
+    unit = reading.documents or ("section" if markdown else "paragraph")
+    for document in _documents(_lines(_text_chunks(reading, file), reading.max_row_bytes), unit, reading.max_row_bytes):
+        cursor.row += 1
+        text = document.text.strip()
+        if document.oversized or _too_large(text, reading.max_row_bytes):
+            yield _oversized(cursor.row, reading.max_row_bytes, text)
+        else:
+            yield Record(cursor.row, {"text": text})
+
+
+def _documents(lines: Iterator[_Line], unit: Documents, max_chars: int) -> Iterator[_Line]:
+    """Lines joined to documents: paragraphs end at blank lines, sections before headings that have text above them
+    since the last one. Of a document over ``max_chars`` its beginning is kept.
+    """
+    held: list[str] = []
+    chars, oversized, body, fenced = 0, False, False, False
+    for line in lines:
+        blank = not line.text.strip()
+        heading = not fenced and _HEADING.match(line.text) is not None
+        if _FENCE.match(line.text):
+            fenced = not fenced
+        if body and (blank if unit == "paragraph" else heading and unit == "section"):
+            yield _Line("".join(held), oversized)
+            held.clear()
+            chars, oversized, body = 0, False, False
+        oversized = oversized or line.oversized or chars + len(line.text) > max_chars
+        if not oversized or not held:
+            held.append(line.text)
+        chars += len(line.text)
+        body = body or not (blank or (heading and unit == "section"))
+    if "".join(held).strip():
+        yield _Line("".join(held), oversized)
 
 
 # --- csv ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Where rows come from: a file, ``sample:support``, or ``hf:owner/name@revision[:split[slice]]``.
+"""Where rows come from: a file, ``sample:support``, ``hf:owner/name@revision[:split[slice]]``, or a folder of running
+text.
 
 Guarantees: a source stands for a fixed list of files in a fixed order, and its digest is over their bytes. Slices mean
 what ``datasets`` makes of them: ``train[:4096]``, ``train[10%:20%]`` (percent rounded to the closest row),
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from slmops.data.readers import SUFFIXES
+from slmops.data.readers import DOCUMENT_SUFFIXES, SUFFIXES
 from slmops.errors import DataError, RecipeError
 from slmops.recipe import DataConfig
 from slmops.trust import digest_file, digest_json
@@ -56,17 +57,24 @@ class Slice:
 
 @dataclass(frozen=True)
 class Source:
-    """``name`` is short and free of machine paths: it goes into the summary. ``slice`` is None for all rows."""
+    """``name`` is short and free of machine paths: it goes into the summary. ``slice`` is None for all rows.
+
+    ``folder``: that ``files`` lie in, at any depth; None where their names alone tell them apart.
+    """
 
     role: Role
     name: str
     files: tuple[Path, ...]
     slice: Slice | None = None
+    folder: Path | None = None
 
     def digest(self) -> str:
         """SHA-256 of the file; for several, of their names and digests."""
-        digests = {path.name: digest_file(path).sha256 for path in self.files}
+        digests = {self._name_of(path): digest_file(path).sha256 for path in self.files}
         return next(iter(digests.values())) if len(self.files) == 1 else digest_json([*digests.items()])
+
+    def _name_of(self, path: Path) -> str:
+        return path.name if self.folder is None else path.relative_to(self.folder).as_posix()
 
 
 def resolve(config: DataConfig, fetch_hub: FetchHub | None) -> tuple[Source, ...]:
@@ -77,7 +85,32 @@ def resolve(config: DataConfig, fetch_hub: FetchHub | None) -> tuple[Source, ...
         RecipeError: a source that cannot be understood.
     """
     given = {"train": config.train, "validation": config.validation, "test": config.test}
-    return tuple(resolve_one(role, text, fetch_hub) for role in ROLES if (text := given[role]) is not None)
+    return tuple(
+        text_folder(role, Path(text))
+        if config.text is not None and Path(text).is_dir()
+        else resolve_one(role, text, fetch_hub)
+        for role in ROLES
+        if (text := given[role]) is not None
+    )
+
+
+def text_folder(role: Role, folder: Path) -> Source:
+    """All txt and md files below ``folder`` that hold something, by path; hidden ones are left out.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = tuple(
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name.lower().removesuffix(".gz").endswith(DOCUMENT_SUFFIXES)
+        and not _hidden(path, folder)
+        and path.stat().st_size
+    )
+    if not files:
+        raise DataError(f"The folder {folder} holds no txt or md file.", remedy=f"Name another in data.{role}.")
+    return Source(role, folder.name, files, folder=folder)
 
 
 def resolve_one(role: Role, text: str, fetch_hub: FetchHub | None, *, key: str | None = None) -> Source:
@@ -95,7 +128,9 @@ def resolve_one(role: Role, text: str, fetch_hub: FetchHub | None, *, key: str |
     if not path.exists():
         raise DataError(f"There is no file {path}.", remedy=f"Check {key}, or name another: --set {key}=FILE.")
     if not path.is_file():
-        raise DataError(f"{path} is not a file.", remedy=f"Name a file in {key}.")
+        raise DataError(
+            f"{path} is not a file.", remedy=f"Name a file in {key}; a folder of txt and md files goes with data.text."
+        )
     return Source(role, path.name, (path,))
 
 

@@ -18,13 +18,13 @@ from typing import Any
 from slmops.errors import ConversionError, MemoryBudgetError, ModelError
 from slmops.models.cache import cached_digests, changed_file, locked, model_files, read_json, staged, write_json
 from slmops.models.folder import check_model_folder
+from slmops.models.gguf_file import check_gguf
 from slmops.models.memory import available_memory_bytes, format_bytes
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.trust import digest_file
 
 CONVERTER_VERSION = 1
 """Part of a converted folder's name: raise it when the conversion writes something else than before."""
-_MAGIC = b"GGUF"
 _CONVERSION_BYTES = 8  # for each parameter: the unpacked tensors and the model that they are copied into, in fp32
 _LOADER_NOISE = ("is_local", "local_files_only")
 
@@ -57,14 +57,6 @@ def checkpoint_of_gguf(gguf: Path, root: Path, *, progress: ProgressSink = ignor
             files = {name: digest_file(path).sha256 for name, path in model_files(draft).items()}
             write_json(record_path, {"gguf": str(gguf), "sha256": sha256, "license": license_name, "files": files})
     return folder, license_name
-
-
-def check_gguf(gguf: Path) -> None:
-    """Raise a :class:`ModelError` unless the file begins like a GGUF file."""
-    with gguf.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise ModelError(f"{gguf} is not a GGUF file: it begins with {magic!r}.", remedy="Fetch the file again.")
 
 
 def convert_gguf(gguf: Path, destination: Path, *, progress: ProgressSink = ignore) -> str | None:

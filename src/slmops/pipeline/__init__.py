@@ -7,6 +7,7 @@ and no more.
 ::
 
     teach   data, teacher, answers, student
+    prune   what is removed from it, and what it learns after
     search  which values of the student's keys are best, where the recipe asks
     fit     the same with the budget as its goal
     prove   export, score, measure, judge
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Artifact, Bundle, Dataset, Report, Variant
-from slmops.compress import export_generator
+from slmops.compress import check_formats, export_generator
 from slmops.distill import Estimate, check_remote_allowed
 from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
@@ -31,6 +32,7 @@ from slmops.pipeline.azureml.job import STAGES
 from slmops.pipeline.context import Context
 from slmops.pipeline.fit import find_smallest
 from slmops.pipeline.prove import evaluate
+from slmops.pipeline.prune import check_prunable, check_prune, make_learnt
 from slmops.pipeline.search import find_best
 from slmops.pipeline.ship import make_place, package, publish, write_recipe
 from slmops.pipeline.teach import (
@@ -42,7 +44,6 @@ from slmops.pipeline.teach import (
     check_signals,
     estimate_answers,
     impossible_signals,
-    make_preferred,
     make_student,
     make_teacher,
     prepare_data,
@@ -175,6 +176,9 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     check_judgeable(context, data)
     check_fits(context)
     check_signals(context)
+    prune = context.recipe.compress.prune
+    if prune is not None and (prune.of == "teacher" or not context.recipe.closed or context.named_student):
+        check_prunable((context.base if prune.of == "teacher" else context.named_student or context.base).path, prune)
     yield "data", {"data": data}
     teacher = make_teacher(context, data)
     yield "teacher", {} if teacher is None else {"teacher": teacher}
@@ -189,11 +193,10 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
         write_recipe(found.recipe, folder / "best.yaml")
         yield "search", {}
         answers = ask_for_answers(context, data, teacher)
-    student = make_student(context, "student", answers, taught=True, teacher=teacher, data=data)
+    whole, student = make_learnt(context, data, answers, teacher)
     untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
-    student = make_preferred(context, student)
     yield "student", {"student": student}
-    report = evaluate(context, data, teacher, student, untaught)
+    report = evaluate(context, data, teacher, student, untaught, whole=whole)
     yield "evaluate", {"report": report}
     yield "package", {"report": report, "bundle": package(context, report, data, teacher, student)}
 
@@ -229,15 +232,23 @@ def base_variant(
 
 def _check(recipe: Recipe) -> None:
     """What can be known to be wrong before any work is done."""
+    if recipe.data.text is not None:
+        raise RecipeError(
+            "data.text is running text: it asks nothing that a teacher could answer or a student be judged by.",
+            remedy="Learn it by: slmops train RECIPE --out FOLDER; then name FOLDER as teacher.model or student.model.",
+        )
     check_remote_allowed(recipe.teacher, recipe.privacy)
     wanted = recipe.compress.choose
-    if wanted != "auto" and wanted not in recipe.compress.precisions:
+    made = (*recipe.compress.precisions, *(one.variant for one in recipe.compress.formats))
+    if wanted != "auto" and wanted not in made:
         raise RecipeError(
-            f"compress.choose is {wanted}, which is not among compress.precisions.",
-            remedy=f"Add it there, or choose one of {', '.join(recipe.compress.precisions)}.",
+            f"compress.choose is {wanted}, which is not among compress.precisions or formats.",
+            remedy=f"Add it there, or choose one of {', '.join(made)}.",
         )
+    check_formats(recipe)
     if problem := impossible_signals(recipe):
         raise problem
+    check_prune(recipe)
     for key in TRAIN_ONLY:
         value = getattr(recipe.train, key)
         if key == "method" and recipe.train.engine == "olive":

@@ -37,7 +37,7 @@ class Context:
     search: Mapping[str, Any] | None = None
 
     def go_on_with(self, recipe: Recipe) -> None:
-        """From here on ``recipe``, which differs in student, distill and train at most."""
+        """From here on ``recipe``, which differs in student, distill, train and compress.prune at most."""
         self.recipe = recipe
         self.__dict__.pop("named_student", None)
 
@@ -90,7 +90,10 @@ class Context:
 
     @property
     def wants_untaught(self) -> bool:
-        """The baseline needs gold answers to train on."""
+        """The baseline needs gold answers to train on, and a student that is trained."""
+        prune = self.recipe.compress.prune
+        if prune is not None and prune.of == "teacher":
+            return False
         return self.recipe.evaluate.untaught_baseline and self.recipe.data.target is not None
 
     @property

@@ -33,8 +33,9 @@ from slmops.evaluate.significance import compare
 from slmops.models import model_facts
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import as_trained, estimate_variants, exported, measure_variants, score_variant
+from slmops.pipeline.prune import make_learnt
 from slmops.pipeline.search import Found
-from slmops.pipeline.teach import ask_for_answers, make_student
+from slmops.pipeline.teach import ask_for_answers
 from slmops.progress import Progress, ProgressSink
 from slmops.recipe import Precision, Recipe, SearchConfig, with_values
 
@@ -134,7 +135,7 @@ class _Search:
         return False
 
     def _bytes_at_least(self, recipe: Recipe) -> int:
-        if recipe.student.model is not None:
+        if recipe.student.model is not None or recipe.compress.prune is not None:
             return 0
         facts = model_facts(self.context.base.path)
         if recipe.closed:
@@ -153,7 +154,7 @@ class _Search:
         epochs = with_effort(trial.recipe.train.epochs or whole_epochs(trial.recipe), effort)
         recipe = trial.recipe
         if effort < 1:
-            recipe = with_values(recipe, {"train.epochs": epochs})
+            recipe = with_values(recipe, {"train.epochs": epochs, **_shorter_recovery(recipe, effort)})
         context = replace(
             self.context, recipe=recipe, progress=_within(self.context.progress, trial.number), wall_s={}, reused=True
         )
@@ -161,7 +162,7 @@ class _Search:
         try:
             same = recipe.distill.transfer_rows == self.context.recipe.distill.transfer_rows
             answers = self.answers if same else ask_for_answers(context, self.data, self.teacher)
-            student = make_student(context, "student", answers, taught=True, teacher=self.teacher, data=self.data)
+            _, student = make_learnt(context, self.data, answers, self.teacher)
             trial.judged = self._judge(context, trial, student)
         except ModelError as error:
             trial.why = str(error)
@@ -273,6 +274,17 @@ def whole_epochs(recipe: Recipe) -> float:
     from slmops.train.classifier.student import EPOCHS, NAMED_EPOCHS
 
     return EPOCHS if recipe.student.model is None else NAMED_EPOCHS
+
+
+def _shorter_recovery(recipe: Recipe, effort: float) -> dict[str, float]:
+    prune = recipe.compress.prune
+    if prune is None or prune.recover is None:
+        return {}
+    from slmops.train.classifier.student import RECOVERY_EPOCHS
+    from slmops.train.generator.recover import EPOCHS as OPEN_RECOVERY_EPOCHS
+
+    whole = prune.recover.epochs or (RECOVERY_EPOCHS if recipe.closed else OPEN_RECOVERY_EPOCHS)
+    return {"compress.prune.recover.epochs": with_effort(whole, effort)}
 
 
 def _point(candidate: Candidate) -> Point:

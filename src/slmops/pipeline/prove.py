@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Report, Row, Variant
-from slmops.compress import export_classifier, export_generator, torch_variant
+from slmops.chat import tokenizer_digest
+from slmops.compress import export_classifier, export_format, export_generator, torch_variant
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
@@ -32,9 +33,9 @@ from slmops.hardware import device_profile
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
-from slmops.recipe import Precision, Recipe, portable_recipe
+from slmops.recipe import FormatConfig, Precision, Recipe, portable_recipe
 from slmops.runtime import GenerationRequest, open_classifier, open_generator
-from slmops.trust import digest_json
+from slmops.trust import digest_file, digest_json
 
 SCORING = (
     "slmops.evaluate.scores",
@@ -43,6 +44,9 @@ SCORING = (
     "slmops.evaluate.significance",
 )
 """What a score depends on; the rest of the stage may change without scoring anew."""
+
+UNROUNDED = frozenset({"fp32", "fp16", "f32", "f16", "bf16"})
+"""Precisions that a conversion alone leads to; below them, numbers are rounded to few steps."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,19 @@ class _Measured:
 
 
 def evaluate(
-    context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint, untaught: Checkpoint | None
+    context: Context,
+    data: Dataset,
+    teacher: Checkpoint | None,
+    student: Checkpoint,
+    untaught: Checkpoint | None,
+    *,
+    whole: Checkpoint | None = None,
 ) -> Report:
-    """Export, score and measure everything, on the same rows and in the same time window; then judge."""
-    measured = _measured(context, data, teacher, student)
+    """Export, score and measure everything, on the same rows and in the same time window; then judge.
+
+    ``whole``: the student before it was pruned; itself or None where it was not.
+    """
+    measured = _measured(context, data, teacher, student, whole)
     baselines = _baselines(context, data, untaught)
     teacher_entry = (
         _remote_teacher_entry(context, data) if teacher is None else _entry(context, measured["teacher-torch"])
@@ -89,19 +102,30 @@ def evaluate(
     )
 
 
-def _measured(context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> dict[str, _Measured]:
+def _measured(
+    context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint, whole: Checkpoint | None
+) -> dict[str, _Measured]:
     compress = context.recipe.compress
     sources: list[tuple[str, Checkpoint, tuple[Precision, ...]]] = [("student", student, compress.precisions)]
     if teacher is not None:
         sources.insert(0, ("teacher", teacher, compress.teacher_precisions))
     checkpoints: dict[str, Checkpoint] = {}
     variants: dict[str, Variant] = {}
+    before: str | None = None
+    if whole is not None and whole.digest != student.digest:
+        before = "teacher-torch" if teacher is not None and whole.digest == teacher.digest else WHOLE
+        if before == WHOLE:
+            variants[WHOLE], checkpoints[WHOLE] = as_trained(context, WHOLE.removesuffix("-torch"), whole), whole
     for who, checkpoint, precisions in sources:
         variants[f"{who}-torch"] = as_trained(context, who, checkpoint)
         variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
+        if who == "student":
+            variants |= {f"{who}-{one.variant}": formatted(context, who, checkpoint, one) for one in compress.formats}
         checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
     scores = {name: score_variant(context, name, variant, data) for name, variant in variants.items()}
     parities = _parities(context, variants, scores, data)
+    if before is not None and comparable(context.recipe, variants[before], variants["student-torch"]):
+        parities["student-torch"] = _pruned_parity(context, before, variants, scores, student, data)
     measurements = measure_variants(context, variants, data)
     estimates = estimate_variants(context, variants, measurements)
     drift = context.recipe.gates.drift
@@ -115,12 +139,51 @@ def _measured(context: Context, data: Dataset, teacher: Checkpoint | None, stude
                 scores[name],
                 measurements[name],
                 estimates.get(name),
-                tuple(drift_gates(parities[name], drift)) if name in parities else (),
+                tuple(gate for one in _steps_to(name, parities) for gate in drift_gates(one, drift)),
             ),
             parities.get(name),
         )
         for name, variant in variants.items()
     }
+
+
+WHOLE = "unpruned-torch"
+"""The student before it was pruned."""
+
+
+def comparable(recipe: Recipe, before: Variant, after: Variant) -> bool:
+    """Whether the two answer in one space: labels, or tokens with the same numbers."""
+    return recipe.closed or tokenizer_digest(before.model_path) == tokenizer_digest(after.model_path)
+
+
+def _steps_to(name: str, parities: Mapping[str, Parity]) -> list[Parity]:
+    """The steps that are judged with a form: its own, and pruning, through which all forms of the student went."""
+    pruned = [parities["student-torch"]] if name.startswith("student-") and "student-torch" in parities else []
+    own = [parities[name]] if name in parities and name != "student-torch" else []
+    return pruned + own
+
+
+def _pruned_parity(
+    context: Context,
+    before: str,
+    variants: Mapping[str, Variant],
+    scores: Mapping[str, Scores],
+    student: Checkpoint,
+    data: Dataset,
+) -> Parity:
+    gone, layers = student.manifest.metrics["layers_gone"], student.manifest.metrics["layers"]
+    kept = [layer for layer in range(layers + len(gone)) if layer not in gone]
+    after = "student-torch"
+    parity = _parity(
+        context,
+        (before, variants[before]),
+        (after, variants[after]),
+        "pruned",
+        data,
+        layer_of=dict(enumerate(kept)),
+    )
+    rows = [row.id for row in context.test_rows(data)]
+    return parity.with_answers(scores[before].predictions, scores[after].predictions, rows)
 
 
 def _parities(
@@ -136,7 +199,7 @@ def _parities(
     for name in (name for name in variants if name.startswith("student-") and name != "student-torch"):
         before = "student-fp32" if "student-fp32" in variants and name != "student-fp32" else "student-torch"
         precision = variants[name].description["precision"]
-        step: Step = "converted" if precision in ("fp32", "fp16") else "quantized"
+        step: Step = "converted" if precision in UNROUNDED else "quantized"
         parity = _parity(context, (before, variants[before]), (name, variants[name]), step, data)
         rows = [row.id for row in context.test_rows(data)]
         parity = parity.with_answers(scores[before].predictions, scores[name].predictions, rows)
@@ -147,7 +210,13 @@ def _parities(
 
 
 def _parity(
-    context: Context, before: tuple[str, Variant], after: tuple[str, Variant], step: Step, data: Dataset
+    context: Context,
+    before: tuple[str, Variant],
+    after: tuple[str, Variant],
+    step: Step,
+    data: Dataset,
+    *,
+    layer_of: Mapping[int, int] | None = None,
 ) -> Parity:
     recipe = context.recipe
 
@@ -161,6 +230,7 @@ def _parity(
             to_messages=context.student_messages,
             max_rows=recipe.gates.drift.rows,
             threads=recipe.evaluate.threads,
+            layer_of=layer_of,
             progress=partial(_rename, context.progress, f"compare {after[0]}"),
         )
         _write_report(draft, parity.to_json())
@@ -249,6 +319,41 @@ def exported(context: Context, who: str, checkpoint: Checkpoint, precision: Prec
         {"precision": precision, "name": recipe.name, "max_tokens": recipe.train.max_tokens},
         ["slmops.compress"],
         lambda draft: build(checkpoint.path, draft),
+    )
+
+
+def formatted(context: Context, who: str, checkpoint: Checkpoint, settings: FormatConfig) -> Variant:
+    """The checkpoint for another engine, or as another tool makes it."""
+    recipe = context.recipe
+    base = context.named_student if settings.format == "onnx-adapters" else None
+    max_tokens = recipe.train.max_tokens + recipe.evaluate.max_new_tokens
+    config = None if settings.config is None else digest_file(Path(settings.config)).sha256
+    return context.stage(
+        f"{who}-{settings.variant}",
+        Variant,
+        {
+            "checkpoint": checkpoint,
+            **({} if base is None else {"base": base.digest}),
+            **({} if config is None else {"olive": config}),
+        },
+        {
+            "format": settings.format,
+            "quantization": settings.stored_as,
+            "name": recipe.name,
+            "max_tokens": max_tokens,
+        },
+        ["slmops.compress"],
+        lambda draft: export_format(
+            checkpoint.path,
+            draft,
+            settings,
+            base=None if base is None else base.path,
+            task=recipe.task,
+            name=recipe.name,
+            max_tokens=max_tokens,
+            system=context.system,
+            progress=context.progress,
+        ),
     )
 
 
@@ -494,6 +599,7 @@ def _judge(
         for candidate in _candidates(recipe, measured)
     ]
     chosen, gates = choose(judged)
+    removed = measured["student-torch"].checkpoint.manifest.metrics
     misses = closest(judged)
     rivals: dict[str, BaselineEntry | ModelEntry] = {**baselines, "teacher": teacher}
     return build_report(
@@ -531,6 +637,7 @@ def _judge(
             "closest_in_words": closest_in_words(misses),
             "drift": [_drift_entry(one.parity, one.candidate) for one in measured.values() if one.parity],
             **({} if context.search is None else {"search": context.search}),
+            **({} if "removed" not in removed else {"pruned": removed}),
         },
     )
 
@@ -544,13 +651,15 @@ def _drift_entry(parity: Parity, candidate: Candidate) -> dict[str, Any]:
 
 def _candidates(recipe: Recipe, measured: Mapping[str, _Measured]) -> list[Candidate]:
     """The student's exported forms that may go into the bundle."""
-    wanted = recipe.compress.precisions if recipe.compress.choose == "auto" else (recipe.compress.choose,)
-    return [measured[f"student-{precision}"].candidate for precision in wanted]
+    made = (*recipe.compress.precisions, *(one.variant for one in recipe.compress.formats))
+    wanted = made if recipe.compress.choose == "auto" else (recipe.compress.choose,)
+    return [measured[f"student-{name}"].candidate for name in wanted]
 
 
 def _way_to(candidate: Candidate, measured: Mapping[str, _Measured]) -> list[Candidate]:
-    """The forms that the candidate's weights went through: as trained, the fp32 graph, its own."""
-    before = [measured[name].candidate for name in ("student-torch", "student-fp32") if name in measured]
+    """The forms that the candidate's weights went through: as trained, pruned, the fp32 graph, its own. (A teacher that
+    was pruned is not among them: how much of it is kept is the gate of retention.)"""
+    before = [measured[name].candidate for name in (WHOLE, "student-torch", "student-fp32") if name in measured]
     return [*(one for one in before if one.id != candidate.id), candidate]
 
 

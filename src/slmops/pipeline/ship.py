@@ -10,19 +10,17 @@ from pathlib import Path
 
 import yaml
 
-from slmops.artifacts import Bundle, Checkpoint, Dataset, Report
+from slmops.artifacts import Bundle, Checkpoint, Dataset, Report, Variant
 from slmops.errors import StorageError
 from slmops.package import build_bundle
 from slmops.pipeline.context import Context
-from slmops.pipeline.prove import exported
 from slmops.recipe import Recipe, portable_recipe
 
 
 def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint | None, student: Checkpoint) -> Bundle:
     recipe = context.recipe
     content = report.content
-    precision = content["student"]["precision"]
-    variant = exported(context, "student", student, precision)
+    variant = Variant.open(context.store.find(content["student"]["artifact"]).path)
     lineage = {"dataset": data.digest, "student": student.digest, "report": report.digest}
     if teacher is not None:
         lineage["teacher"] = teacher.digest

@@ -12,6 +12,7 @@ from slmops.artifacts import SPLITS, Artifact, Checkpoint, Dataset, Draft, Messa
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.data import (
     FetchHub,
+    Source,
     check_unlabelled,
     prepare,
     read_unlabelled,
@@ -34,15 +35,20 @@ from slmops.distill import (
     vary_texts,
 )
 from slmops.errors import DataError, RecipeError
-from slmops.models import check_memory, fetch_hub_dataset, model_facts
+from slmops.models import LocalModel, check_memory, fetch_hub_dataset, model_facts
 from slmops.pipeline.context import Context
-from slmops.recipe import DISTRIBUTION_LOSSES, Recipe, recipe_json
+from slmops.recipe import DISTRIBUTION_LOSSES, Recipe, TeacherConfig, TrainConfig, recipe_json
 from slmops.runtime import open_classifier, open_generator
 from slmops.trust import digest_file
 
-ADAPT_KEYS = {"adapt", "adapt_epochs", "adapt_method", "learning_rate", "frozen_share"}
+ADAPT_KEYS = {"adapt", "adapt_epochs", "adapt_text_epochs", "adapt_method", "learning_rate", "frozen_share"}
 """What of the teacher's configuration matters for adapting it, and not for asking it. Which model: its digest says."""
-OLIVE_CODE = ["slmops.train.generator.olive", "slmops.train.generator.olive_child", "slmops.models.olive"]
+OLIVE_CODE = [
+    "slmops.train.generator.olive",
+    "slmops.train.generator.olive_child",
+    "slmops.models.olive",
+    "slmops.models.confined",
+]
 ANSWERS_FOLDER = "answers"
 MEANS_KEYS = {
     "api_key_env",
@@ -90,10 +96,9 @@ def check_further_texts(context: Context) -> None:
     Raises:
         DataError: the file is not there, cannot be read, or lacks a column.
     """
-    recipe = context.recipe
-    if recipe.distill.unlabelled is not None:
-        source = unlabelled_source(recipe.data, recipe.distill.unlabelled, fetch_hub=_hub(context))
-        check_unlabelled(recipe.data, recipe.task, source)
+    source = _unlabelled(context)
+    if source is not None:
+        check_unlabelled(context.recipe.data, context.recipe.task, source)
 
 
 def check_fits(context: Context) -> None:
@@ -107,6 +112,13 @@ def check_fits(context: Context) -> None:
             batch_tokens=1024 if recipe.closed else 2048,
             logit_tokens=64 if recipe.closed else None,
         )
+        if recipe.teacher.adapt_text_epochs:
+            check_memory(
+                model_facts(context.base.path),
+                work=context.adapt_method,
+                precision="fp32",
+                batch_tokens=recipe.train.max_tokens,
+            )
 
 
 def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint | None:
@@ -133,7 +145,9 @@ def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint
             ["slmops.train.classifier.linear", "slmops.models.linear"],
             lambda draft: train_linear(data, recipe.seed, draft),
         )
-    base = context.base if number == 1 else context.fetch(config.model)
+    base: LocalModel | Checkpoint = context.base if number == 1 else context.fetch(config.model)
+    if config.adapt_text_epochs:
+        base = read_own_texts(context, data, config, base, number)
     if not config.adapt:
         return context.stage(
             name,
@@ -178,6 +192,80 @@ def make_teacher(context: Context, data: Dataset, number: int = 1) -> Checkpoint
     )
 
 
+def read_own_texts(
+    context: Context, data: Dataset, config: TeacherConfig, base: LocalModel | Checkpoint, number: int
+) -> Checkpoint:
+    """``base`` after it has read the texts of the training rows, and those that nobody labelled, as running text.
+
+    No text of the test rows is among them; the validation rows' texts tell how well it went.
+    """
+    from slmops.train import FinetuneJob, finetune
+
+    recipe = context.recipe
+    unlabelled = _unlabelled(context)
+    inputs: dict[str, Artifact | str] = {"data": data, "model": base.digest}
+    if unlabelled is not None:
+        inputs["unlabelled"] = unlabelled.digest()
+    train = TrainConfig(
+        method=config.adapt_method or ("full" if recipe.closed else "lora"),
+        epochs=config.adapt_text_epochs,
+        **recipe.train.model_dump(include={"batch_size", "max_tokens", "precision", "accumulation"}),
+    )
+
+    def read(draft: Draft) -> None:
+        more = [] if unlabelled is None else _further_texts(context, data, unlabelled)
+        job = FinetuneJob(
+            model_folder=base.path,
+            base_name=Path(config.model).name,
+            base_digest=base.digest,
+            dataset=data,
+            to_messages=None,
+            train=train,
+            seed=recipe.seed,
+            draft=draft,
+            name="read texts",
+            to_text=text_of if recipe.closed else conversation_of,
+            more_texts=more,
+            judged="validation",
+        )
+        finetune(job, progress=context.progress)
+
+    return context.stage(
+        _numbered("texts", number),
+        Checkpoint,
+        inputs,
+        {"train": train.model_dump(mode="json", exclude={"accumulation"})}
+        | ({"input": recipe.data.input, "near_duplicates": recipe.data.near_duplicates} if unlabelled else {}),
+        ["slmops.train.finetune", "slmops.data.unlabelled"],
+        read,
+    )
+
+
+def text_of(row: Row) -> str:
+    """A row's text alone."""
+    return row.text
+
+
+def conversation_of(row: Row) -> str:
+    """A row's turns and its answer, one below the other, as nobody's in particular."""
+    said = [message.content for message in row.messages if message.role != "system"]
+    return "\n\n".join([*said, *([row.target] if row.target else [])])
+
+
+def _unlabelled(context: Context) -> Source | None:
+    recipe = context.recipe
+    if recipe.distill.unlabelled is None:
+        return None
+    return unlabelled_source(recipe.data, recipe.distill.unlabelled, fetch_hub=_hub(context))
+
+
+def _further_texts(context: Context, data: Dataset, source: Source) -> list[str]:
+    """Texts that repeat no row of any split."""
+    recipe = context.recipe
+    known = [row.text for split in SPLITS for row in data.rows(split)]
+    return read_unlabelled(recipe.data, recipe.task, source, known, progress=context.progress)
+
+
 def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None, number: int = 1) -> Dataset:
     """What the teacher says to the rows. ``number`` 2 and more: of the further ones (closed label sets)."""
     recipe = context.recipe
@@ -186,17 +274,15 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
     if teacher is not None and recipe.closed:
         transfer_rows, states = recipe.distill.transfer_rows, number == 1 and recipe.distill.losses.hidden != 0
         inputs = {"data": data, "teacher": teacher}
-        unlabelled = None
-        if recipe.distill.unlabelled is not None:
-            unlabelled = unlabelled_source(recipe.data, recipe.distill.unlabelled, fetch_hub=_hub(context))
+        unlabelled = _unlabelled(context)
+        if unlabelled is not None:
             inputs["unlabelled"] = unlabelled.digest()
 
         def keep(draft: Draft) -> None:
             texts = [row.text for row in data.rows("train")]
             further = vary_texts(texts, rows_each=transfer_rows, seed=recipe.seed)
             if unlabelled is not None:
-                known = [row.text for split in SPLITS for row in data.rows(split)]
-                further += read_unlabelled(recipe.data, recipe.task, unlabelled, known, progress=context.progress)
+                further += _further_texts(context, data, unlabelled)
             keep_distribution(
                 data,
                 open_classifier(teacher.path),
@@ -329,12 +415,14 @@ def impossible_signals(recipe: Recipe) -> RecipeError | None:
     weights = distill.weights(closed=recipe.closed)
     if not weights and not (recipe.closed and distill.losses.hidden is None):
         return RecipeError("All of distill.losses are 0 for this task, so nothing would be learnt.")
-    if distill.unlabelled is not None and (recipe.teacher.remote or not recipe.closed):
+    read = recipe.teacher.adapt_text_epochs > 0 or any(one.adapt_text_epochs for one in recipe.teachers)
+    if distill.unlabelled is not None and not read and (recipe.teacher.remote or not recipe.closed):
         return RecipeError(
             f"distill.unlabelled is {distill.unlabelled}, but "
             + ("a teacher behind a server" if recipe.teacher.remote else f"the teacher of {recipe.task}")
             + " does not give its distribution over the labels.",
-            remedy="Let a local model teach a closed label set, or give the texts as data.train, data.target: null.",
+            remedy="Let a local model teach a closed label set, or read them (teacher.adapt_text_epochs); or give the "
+            "texts as data.train, data.target: null.",
         )
     if recipe.teachers and any(teacher.remote for teacher in (recipe.teacher, *recipe.teachers)):
         return RecipeError(

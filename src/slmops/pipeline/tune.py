@@ -12,7 +12,7 @@ from slmops.artifacts import Artifact, Checkpoint, Draft
 from slmops.distill import student_messages
 from slmops.errors import RecipeError
 from slmops.pipeline.context import Context
-from slmops.pipeline.teach import OLIVE_CODE, check_engines, make_preferred, prepare_data
+from slmops.pipeline.teach import OLIVE_CODE, check_engines, make_preferred, prepare_data, text_of
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Recipe
 from slmops.store import Store
@@ -45,7 +45,8 @@ def train_recipe(
     offline: bool = False,
     progress: ProgressSink = ignore,
 ) -> TrainResult:
-    """Fine-tune the recipe's model (``student.model``, else the teacher's) on the gold answers of its data.
+    """Fine-tune the recipe's model (``student.model``, else the teacher's) on the gold answers of its data, or on every
+    token of its running text (``data.text``).
 
     ``loss`` replaces ``train.loss``; a function cannot be told from another by its contents, so nothing is reused then.
 
@@ -54,15 +55,18 @@ def train_recipe(
     """
     from slmops.train import FinetuneJob, finetune
 
-    if recipe.data.target is None and recipe.data.messages is None:
-        raise RecipeError("data.target is null: there are no gold answers to train on.", remedy="Name their column.")
+    if recipe.data.target is None and recipe.data.messages is None and recipe.data.text is None:
+        raise RecipeError(
+            "data.target is null: there are no gold answers to train on.",
+            remedy="Name their column, or set data.text to learn every token of running text.",
+        )
     context = Context(recipe, store, offline, progress)
     check_engines(context)
     if recipe.train.engine == "olive" and loss is not None:
         raise RecipeError("train.engine is olive, which takes no loss of yours.", remedy="Leave one of both out.")
     data = prepare_data(context)
     model = context.named_student or context.base
-    train = recipe.train
+    train, running = recipe.train, recipe.data.text is not None
     inputs: dict[str, Artifact | str] = {"data": data, "model": model.digest}
     if loss is not None:
         inputs["loss"] = _once(loss)
@@ -95,12 +99,13 @@ def train_recipe(
             base_name=model.source if ":" in model.source else model.path.name,
             base_digest=model.digest,
             dataset=data,
-            to_messages=None if recipe.closed else partial(student_messages, recipe.task, None),
+            to_messages=None if recipe.closed or running else partial(student_messages, recipe.task, None),
             train=train,
             seed=recipe.seed,
             draft=draft,
             name=recipe.name,
             loss=loss,
+            to_text=text_of if running else None,
             tracking=Path(train.tracking_folder) if train.tracking_folder else store.root / "tracking",
         )
         finetune(job, progress=progress)
@@ -109,7 +114,7 @@ def train_recipe(
         "finetuned",
         Checkpoint,
         inputs,
-        {"train": settings},
+        {"train": settings, "running_text": running},
         OLIVE_CODE
         if train.engine == "olive"
         else ["slmops.train.finetune", "slmops.models.classifier", "slmops.models.bottleneck"],

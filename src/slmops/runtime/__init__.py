@@ -62,8 +62,16 @@ def open_generator(model_path: Path | str, *, threads: int | None = None) -> Gen
             from slmops.runtime.genai import GenaiGenerator
 
             return GenaiGenerator.load(folder, threads=threads)
+        case "llama.cpp":
+            from slmops.runtime.gguf import GgufGenerator
+
+            return GgufGenerator.load(folder, threads=threads)
+        case "openvino":
+            from slmops.runtime.openvino import OpenvinoGenerator
+
+            return OpenvinoGenerator.load(folder, threads=threads)
         case engine:
-            raise _unknown_engine(folder, engine, "torch, onnx-genai")
+            raise _unknown_engine(folder, engine, "torch, onnx-genai, llama.cpp, openvino")
 
 
 def open_classifier(model_path: Path | str, *, threads: int | None = None) -> Classifier:

@@ -28,6 +28,7 @@ class GenerationRequest:
     ``temperature``  0 is greedy
     ``seed``         makes sampling repeatable on the same machine
     ``stop``         texts that end the answer; they are not part of it
+    ``adapter``      of a model with several: its name; ``""`` is the base alone, None what the model is set to
     """
 
     messages: tuple[Message, ...]
@@ -36,6 +37,7 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import MODEL_DESCRIPTION, Message
-from slmops.errors import CorruptArtifactError, ModelNotFoundError
+from slmops.errors import CorruptArtifactError, ModelNotFoundError, UsageError
 
+ADAPTERS_FOLDER = "adapters"
+ADAPTER_SUFFIX = ".onnx_adapter"
 FORMS = ("classifier", "generator")
 
 
 @dataclass(frozen=True)
 class ModelDescription:
     """
-    ``runtime``       the engine: ``onnx``, ``onnx-genai`` or ``torch``
+    ``runtime``       the engine: ``onnx``, ``onnx-genai``, ``llama.cpp``, ``openvino`` or ``torch``
     ``form``          ``classifier`` (one forward pass) or ``generator`` (token by token)
     ``parameters``    how many numbers the model has learnt, 0 where that is not known
     ``labels``        the closed label set in the order of the logits, empty for a generator
     ``max_tokens``    a classifier's texts are cut to so many tokens
     ``pad_token_id``  what fills the shorter rows of a batch
+    ``adapters``      names of the adapters beside the base; the first one answers where nobody names another
     ``system``        the system message that the model was trained with, put before a conversation that has none
     """
 
@@ -40,6 +43,7 @@ class ModelDescription:
     task: str = ""
     name: str = ""
     system: str | None = None
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> ModelDescription:
@@ -84,7 +88,24 @@ class ModelDescription:
             task=str(raw.get("task") or ""),
             name=str(raw.get("name") or ""),
             system=raw.get("system"),
+            adapters=tuple(raw.get("adapters") or ()),
         )
+
+    def adapter_of(self, request: str | None) -> str:
+        """The adapter that answers a request which names this one; ``""`` is the base alone.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        if request is None:
+            return self.adapters[0] if self.adapters else ""
+        if request and request not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UsageError(
+                f"{self.name or 'This model'} has no adapter named {request!r}.",
+                remedy=f"Its adapters: {known}. The base alone is ''.",
+            )
+        return request
 
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The messages as the model was trained to see them: its own system message first, unless they bring one."""
@@ -104,6 +125,11 @@ def _problem(raw: Any) -> str | None:
     labels = raw.get("labels")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         return "labels must be a list of texts, or null"
+    adapters = raw.get("adapters")
+    if adapters is not None and not (
+        isinstance(adapters, list) and all(isinstance(name, str) and _is_plain(name) for name in adapters)
+    ):
+        return "adapters must be a list of plain names"
     if raw["form"] == "classifier" and not labels:
         return "a classifier without labels"
     for name in ("max_tokens", "pad_token_id", "parameters"):
@@ -111,3 +137,8 @@ def _problem(raw: Any) -> str | None:
         if value is not None and (not isinstance(value, int) or value < 0):
             return f"{name} is {value!r}, not a whole number from 0 up"
     return None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it is a file's name and no way out of the folder."""
+    return bool(name) and name == Path(name).name and name not in (".", "..") and "\\" not in name

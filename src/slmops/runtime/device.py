@@ -1,4 +1,5 @@
-"""Open a model folder with the engines of the device size: onnxruntime and onnxruntime-genai, never torch."""
+"""Open a model folder with the engines of a device: onnxruntime and onnxruntime-genai, and llama.cpp or OpenVINO where
+their extras are installed; never torch."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ def open_device_model(folder: Path, *, threads: int | None = None) -> Classifier
     Raises:
         ModelNotFoundError: not a model folder.
         CorruptArtifactError: a file of it is missing, damaged, or does not fit the others.
+        MissingExtraError: its engine is an extra that is not installed.
         ModelError: it was made for an engine that a device does not have.
     """
     description = ModelDescription.read(folder)
@@ -27,6 +29,14 @@ def open_device_model(folder: Path, *, threads: int | None = None) -> Classifier
             from slmops.runtime.genai import GenaiGenerator
 
             return GenaiGenerator.load(folder, threads=threads)
+        case "llama.cpp", "generator":
+            from slmops.runtime.gguf import GgufGenerator
+
+            return GgufGenerator.load(folder, threads=threads)
+        case "openvino", "generator":
+            from slmops.runtime.openvino import OpenvinoGenerator
+
+            return OpenvinoGenerator.load(folder, threads=threads)
         case runtime, form:
             raise ModelError(
                 f"{folder} holds a {form} for {runtime}, which is not an engine of a device.",

@@ -22,7 +22,8 @@ from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError
 from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
-from slmops.runtime.description import ModelDescription
+from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDescription
+from slmops.runtime.sampling import log_likelihood
 from slmops.runtime.stops import StopScanner
 
 CONFIG_FILE = "genai_config.json"
@@ -33,13 +34,18 @@ MAX_BATCH = 8
 class GenaiGenerator:
     """See the module. One instance may be used from one thread at a time."""
 
-    def __init__(self, model: Any, chat: ChatTokenizer, description: ModelDescription, config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, chat: ChatTokenizer, description: ModelDescription, config: dict[str, Any], folder: Path
+    ) -> None:
         self._model = model
         self._own_tokenizer: Any = None
         self._chat = chat
         self.description = description
         self._context_tokens = int(config["model"]["context_length"])
         self._pad_token_id = int(config["model"].get("pad_token_id") or 0)
+        self._adapters: Any = None
+        self._read: set[str] = set()
+        self._folder = folder
         self._end_ids = frozenset(chat.eos_token_ids) | _ids(config["model"].get("eos_token_id"))
 
     @classmethod
@@ -59,7 +65,7 @@ class GenaiGenerator:
                 remedy="Name a variant that was compressed for an open task.",
             )
         config = _read_config(folder / CONFIG_FILE)
-        return cls(_open_model(folder, threads), ChatTokenizer.load(folder), description, config)
+        return cls(_open_model(folder, threads), ChatTokenizer.load(folder), description, config, folder)
 
     @property
     def context_tokens(self) -> int:
@@ -82,10 +88,15 @@ class GenaiGenerator:
             ContextLengthError: a prompt leaves no room for an answer.
         """
         prompts = [self._chat.encode_prompt(request.messages) for request in requests]
-        batches = greedy_batches(
-            {row: (len(prompts[row]), r.max_tokens) for row, r in enumerate(requests) if r.temperature <= 0},
-            self._context_tokens,
-        )
+        batches: list[list[int]] = []
+        wanted = [self.description.adapter_of(request.adapter) for request in requests]
+        for adapter in dict.fromkeys(wanted):  # one generator has one adapter
+            sizes = {
+                row: (len(prompts[row]), r.max_tokens)
+                for row, r in enumerate(requests)
+                if r.temperature <= 0 and wanted[row] == adapter
+            }
+            batches += greedy_batches(sizes, self._context_tokens)
         batches += [[row] for row, request in enumerate(requests) if request.temperature > 0]
         results: dict[int, Generation] = {}
         for rows in batches:
@@ -118,7 +129,7 @@ class GenaiGenerator:
 
     def close(self) -> None:
         """Free the model. The generator cannot be used afterwards."""
-        self._model = self._own_tokenizer = None
+        self._adapters = self._model = self._own_tokenizer = None
 
     def _answers(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[Generation]:
         generator, answers = self._start(prompts, requests)
@@ -169,7 +180,27 @@ class GenaiGenerator:
                 options["random_seed"] = request.seed % 2**31
         params = onnxruntime_genai.GeneratorParams(self._model)
         params.set_search_options(**options)
-        return onnxruntime_genai.Generator(self._model, params)
+        generator = onnxruntime_genai.Generator(self._model, params)
+        if adapter := self.description.adapter_of(request.adapter):
+            generator.set_active_adapter(self._loaded(adapter), adapter)
+        return generator
+
+    def _loaded(self, adapter: str) -> Any:
+        """The adapters of this model, ``adapter`` among those that were read."""
+        import onnxruntime_genai
+
+        if self._adapters is None:
+            self._adapters = onnxruntime_genai.Adapters(self._model)
+        if adapter not in self._read:
+            path = self._folder / ADAPTERS_FOLDER / f"{adapter}{ADAPTER_SUFFIX}"
+            try:
+                self._adapters.load(str(path), adapter)
+            except RuntimeError as error:
+                raise CorruptArtifactError(
+                    f"{path} cannot be loaded: {error}", remedy="Fetch the bundle anew, or run again."
+                ) from error
+            self._read.add(adapter)
+        return self._adapters
 
     def target_logits(self, messages: tuple[Message, ...], target: str) -> NDArray[np.float32]:
         """Logits that predict each token of ``target``, ``[tokens, vocabulary]``; raises as :meth:`score`."""
@@ -263,16 +294,6 @@ def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) ->
         batches[-1].append(row)
         answer_tokens = together
     return batches
-
-
-def log_likelihood(logits: NDArray[Any], ids: NDArray[np.int64]) -> float:
-    """Sum over rows of ``log softmax(logits)[row, ids[row]]`` in nats; ``logits``: ``[rows, vocabulary]``."""
-    total = 0.0
-    for row, token in zip(logits, ids, strict=True):  # row by row: a float64 copy of all would double the memory
-        exact = row.astype(np.float64)
-        peak = exact.max()
-        total += float(exact[token] - peak - np.log(np.exp(exact - peak).sum()))
-    return total
 
 
 def _stream(generator: Any, answer: _Answer) -> Iterator[Delta]:

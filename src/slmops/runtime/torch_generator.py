@@ -346,6 +346,11 @@ def check_request(request: GenerationRequest) -> None:
     Raises:
         UsageError: says which, and the value.
     """
+    if request.adapter:
+        raise UsageError(
+            f"There is no adapter named {request.adapter!r}: this model is whole.",
+            remedy="Keep adapters apart: slmops adapters export.",
+        )
     if request.max_tokens < 1:
         raise UsageError(f"max_tokens is {request.max_tokens}.", remedy="Ask for at least 1 token.")
     if not 0 <= request.temperature < float("inf"):

@@ -88,12 +88,12 @@ def _add_paths(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model()]}
+        return {"object": "list", "data": service.models()}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         service.check_model(model)
-        return service.model()
+        return {**service.model(), "id": model}
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:

@@ -47,11 +47,23 @@ class Service:
     def model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "slmops"}
 
+    def models(self) -> list[dict[str, Any]]:
+        """The model, and each of its adapters as one of its own: ``NAME:ADAPTER``."""
+        names = [self.name, *(f"{self.name}:{adapter}" for adapter in self.engine.description.adapters)]
+        return [{**self.model(), "id": name} for name in names]
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a caller's ``model`` names; None where it names none. Raises as :meth:`check_model`."""
+        self.check_model(model)
+        return None if model is None or model == self.name else model.removeprefix(f"{self.name}:")
+
     def check_model(self, model: str | None) -> None:
-        if model is not None and model != self.name:
+        """Raises :class:`ApiError` for a name that is not in :meth:`models`."""
+        if model is not None and model not in (names := [one["id"] for one in self.models()]):
+            does = f"'{names[0]}' does" if len(names) == 1 else "these do: " + ", ".join(map(repr, names))
             raise ApiError(
                 404,
-                f"The model '{model}' does not exist here; '{self.name}' does.",
+                f"The model '{model}' does not exist here; {does}.",
                 param="model",
                 code="model_not_found",
             )
@@ -73,7 +85,8 @@ class Service:
                 raise ApiError(400, "A classifier reads the last user message, and there is none.", param="messages")
             return await self._labels("chat", body, users[-1:])
         messages = self.engine.description.conversation(body.conversation)
-        wanted = GenerationRequest(messages, **_sampling(body, body.token_limit))
+        adapter = self.adapter_of(body.model)
+        wanted = GenerationRequest(messages, adapter=adapter, **_sampling(body, body.token_limit))
         model = self.engine.generator
 
         def start() -> Iterator[Delta]:
@@ -92,7 +105,8 @@ class Service:
         model = self.engine.model
         if not isinstance(model, ContinuesText):
             raise unsupported("prompt", "This model's engine knows conversations alone. Ask /v1/chat/completions.")
-        wanted = GenerationRequest((), **_sampling(body, body.max_tokens))
+        adapter = self.adapter_of(body.model)
+        wanted = GenerationRequest((), adapter=adapter, **_sampling(body, body.max_tokens))
 
         def start(prompt: str) -> Iterator[Delta]:
             ids = model.encode_text(prompt)

@@ -1,8 +1,8 @@
 """Fine-tuning alone: a model and gold answers in, a checkpoint out, by any method that the recipe names.
 
 For a closed label set the model gets a linear layer over the mean of its states; for open tasks it learns the answers'
-tokens. What is written is the whole model in transformers' layout, and the adapter for itself in ``adapter/`` (peft's
-layout, or ``bottleneck/``), with ``adapter/slmops.json`` saying which base it belongs to.
+tokens, of running text every token. What is written is the whole model in transformers' layout, and the adapter for
+itself in ``adapter/`` (peft's layout, or ``bottleneck/``), ``adapter/slmops.json`` saying which base it belongs to.
 
 Guarantees: input that cannot be trained on is refused before the first step; a killed run goes on from its last
 checkpoint with the curve it would have had. Not covered: teachers and students (:mod:`.classifier`, :mod:`.generator`).
@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slmops.artifacts import Dataset, Draft
+from slmops.artifacts import Dataset, Draft, Row
 from slmops.chat import ChatTokenizer
 from slmops.errors import DataError, RecipeError
 from slmops.models.classifier import PooledClassifier
@@ -44,6 +44,7 @@ from slmops.train.custom_loss import LossFunction, adapt_signature, check_loss, 
 from slmops.train.forgetting import Forgetting, check_forgetting, read_general_rows
 from slmops.train.generator.answers import (
     FULL_LEARNING_RATE,
+    EncodedRow,
     ToMessages,
     answer_objective,
     copy_tokenizer,
@@ -52,6 +53,7 @@ from slmops.train.generator.answers import (
     save,
     warn_of_overfitting,
 )
+from slmops.train.generator.running_text import MEASURED_ROWS, judged_pieces, learnt_and_judged, perplexity
 from slmops.train.loop import Batch, LoopConfig, ParameterGroup, autocast, fit, iterate_batches, parameter_groups
 from slmops.train.methods import Method, Tuned, learning_rate_of, open_tuned
 from slmops.train.processes import ProcessGroup, run_together
@@ -71,7 +73,9 @@ class FinetuneJob:
     """Everything that a training needs; survives pickling where its functions do.
 
     ``base_name`` and ``base_digest``: which model ``model_folder`` is, for the adapter. ``to_messages``: None for a
-    closed label set. ``loss``: instead of ``train.loss``. ``tracking``: where curves go; None: into the draft's work.
+    closed label set and for running text. ``to_text``: a row as a document of running text, of which every token is
+    learnt; ``more_texts``: further documents to learn; ``judged``: the split whose documents are judged before and
+    after. ``loss``: instead of ``train.loss``. ``tracking``: where curves go; None: into the draft's work.
     """
 
     model_folder: Path
@@ -85,10 +89,13 @@ class FinetuneJob:
     name: str = "train"
     loss: Callable[..., Tensor] | None = None
     tracking: Path | None = None
+    to_text: Callable[[Row], str] | None = None
+    more_texts: Sequence[str] = ()
+    judged: Literal["validation", "test"] = "test"
 
     @property
     def closed(self) -> bool:
-        return self.to_messages is None
+        return self.to_messages is None and self.to_text is None
 
     @property
     def method(self) -> Method:
@@ -111,7 +118,8 @@ def finetune(job: FinetuneJob, *, progress: ProgressSink = ignore) -> None:
         check_bitsandbytes()
     if job.closed and job.train.forgetting is not None:
         raise RecipeError(
-            "train.forgetting is set, but a classifier cannot write general text.",
+            "train.forgetting is set, but a classifier keeps no output layer over tokens: it has no loss on general "
+            "text, before training or after, that a budget could hold.",
             remedy="Leave it out for classification and nli.",
         )
     loss_function(job)
@@ -157,18 +165,19 @@ def _train_generator(job: FinetuneJob, progress: ProgressSink) -> None:
     from transformers import AutoModelForCausalLM
 
     train, draft = job.train, job.draft
-    if job.to_messages is None:
-        raise ValueError("an open task needs to_messages")
     tokenizer = ChatTokenizer.load(job.model_folder)
-    rows = encode_splits(tokenizer, job.dataset, job.to_messages, train.max_tokens)
+    rows = _encoded(job, tokenizer)
     general = read_general_rows(train.forgetting, tokenizer, train.max_tokens) if train.forgetting else []
-    limit = _part_tokens(job, [len(row.tokens) for row in rows["train"]])
+    judged = _judged(job, tokenizer)
+    lengths = [len(row.tokens) for row in rows["train"]]
+    limit = _part_tokens(job, lengths, logit_share=1.0 if job.to_text else 0.5)
     tuned = open_tuned(job.model_folder, train, job.method, AutoModelForCausalLM, task_type="CAUSAL_LM")
     objective = answer_objective(tuned.model, rows, train, loss_function(job))
+    objective.measured_rows = MEASURED_ROWS if job.to_text else objective.measured_rows
     if objective.loss_function is not None:
         check_loss(objective.loss(tuned.model, objective.collate([0])), "The loss function")
     plain = replace(objective, loss_function=None)
-    before = _measure(plain, tuned.model, general)
+    before, judged_before = _measure(plain, tuned.model, general), _measure(plain, tuned.model, judged)
     history = fit_objective(
         tuned.model,
         objective,
@@ -183,14 +192,40 @@ def _train_generator(job: FinetuneJob, progress: ProgressSink) -> None:
         frozen_bf16=job.method == "lora",
         callbacks=_callbacks(job),
     )
+    plain.packed = False
+    if judged:
+        judged_after = _measure(plain, tuned.model, judged)
+        draft.metrics["perplexity_before"] = perplexity(judged_before["loss"])
+        draft.metrics["perplexity_after"] = perplexity(judged_after["loss"])
+        draft.metrics["tokens_judged"] = sum(sum(piece.supervised) for piece in judged)
     if train.forgetting is not None:
-        after = _measure(replace(plain, packed=False), tuned.model, general)
+        after = _measure(plain, tuned.model, general)
         found = Forgetting(before["loss"], after["loss"], before["accuracy"], after["accuracy"])
         draft.metrics["forgetting"] = found.to_json()
         check_forgetting(found, train.forgetting.budget)
     copy_tokenizer(job.model_folder, draft.path)
     shutil.copyfile(job.model_folder / "tokenizer.json", draft.path / "tokenizer.json")
     save(_save_adapter(job, tuned, history), history, draft)
+
+
+def _encoded(job: FinetuneJob, tokenizer: ChatTokenizer) -> dict[str, list[EncodedRow]]:
+    """What is learnt, and what is judged while training."""
+    if job.to_messages is not None:
+        return encode_splits(tokenizer, job.dataset, job.to_messages, job.train.max_tokens)
+    if job.to_text is None:
+        raise ValueError("an open task needs to_messages or to_text")
+    learnt, judged = ([job.to_text(row) for row in job.dataset.rows(split)] for split in ("train", "validation"))
+    learnt += job.more_texts
+    job.draft.metrics["documents_trained"] = len(learnt)
+    return learnt_and_judged(tokenizer, learnt, judged, job.train.max_tokens, job.dataset.path)
+
+
+def _judged(job: FinetuneJob, tokenizer: ChatTokenizer) -> list[EncodedRow]:
+    """Pieces of the documents that nothing is learnt from; none where rows have answers."""
+    if job.to_text is None:
+        return []
+    texts = [job.to_text(row) for row in job.dataset.rows(job.judged)]
+    return judged_pieces(tokenizer, texts, job.train.max_tokens)
 
 
 def _measure(objective: Any, model: Any, rows: Sequence[Any]) -> dict[str, float]:

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from slmops.errors import ModelError
+from slmops.models.cut import LISTED_BY_LAYER, evenly_spread, renumber_special_ids
 
 HEAD_SIZE = 64
 EMBEDDING_SCALE = 0.5
 """Standard deviation of the projected embeddings. Measured: fresh layers of this size learn fastest around it."""
-LISTED_BY_LAYER = ("layer_types", "no_rope_layers")
-"""Entries of a model's configuration that say something of each layer, in order."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +106,6 @@ def shallow_copy(teacher_folder: Path, kept_ids: tuple[int, ...] | None, layers:
     return model  # type: ignore[no-any-return]
 
 
-def evenly_spread(count: int, available: int) -> list[int]:
-    """``count`` of ``range(available)``, evenly, with both ends where there is room for them."""
-    if count == 1:
-        return [0]
-    return [round(index * (available - 1) / (count - 1)) for index in range(count)]
-
-
 def teacher_embeddings(folder: Path) -> Tensor:
     """The input embeddings ``[vocabulary, hidden]`` of the model at ``folder``, in float32."""
     from safetensors import safe_open
@@ -148,12 +140,6 @@ def _keep_rows(model: Any, kept_ids: tuple[int, ...]) -> None:
     output.out_features = len(kept_ids)
     if output.bias is not None:
         output.bias = nn.Parameter(output.bias.detach()[rows].clone())
-    new_ids = {old: new for new, old in enumerate(kept_ids)}
     for config in (model.config, model.generation_config):
         config.vocab_size = len(kept_ids)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            old = getattr(config, name, None)
-            if isinstance(old, list):
-                setattr(config, name, [new_ids[i] for i in old if i in new_ids])
-            elif old is not None:
-                setattr(config, name, new_ids.get(old))
+        renumber_special_ids(config, kept_ids)

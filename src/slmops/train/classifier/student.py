@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from slmops.artifacts import Dataset, Draft, read_jsonl
-from slmops.models.classifier import PooledClassifier, classifier_from_language_model
+from slmops.models.classifier import PooledClassifier, classifier_from_language_model, load_classifier
+from slmops.models.vocabulary import TrimmedVocabulary, trim_vocabulary
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import DistillConfig, StudentConfig, TrainConfig
 from slmops.train.batching import steps_for
@@ -39,9 +40,9 @@ from slmops.train.losses import (
     softened_divergence,
     weighted_sum,
 )
+from slmops.train.sparse import keep_zeros
 from slmops.train.student import StudentShape, narrow_encoder
-from slmops.train.tokens import encode_texts, pad
-from slmops.train.vocabulary import TrimmedVocabulary, trim_vocabulary
+from slmops.train.tokens import encode_texts, load_tokenizer, pad
 
 LEARNING_RATE = 1e-3
 NAMED_LEARNING_RATE = 1e-4
@@ -49,6 +50,8 @@ SHAPE = StudentShape(layers=2, hidden_size=256, intermediate_size=512)
 STEPS_AT_LEAST = 800
 EPOCHS = 20.0
 NAMED_EPOCHS = 3.0
+RECOVERY_LEARNING_RATE = 2e-4
+RECOVERY_EPOCHS = 5.0
 DROPOUT = 0.1
 HIDDEN_WEIGHT = 1.0
 FEW_ROWS = 4000
@@ -66,6 +69,7 @@ def train_classifier_student(
     draft: Draft,
     *,
     named_model: Path | None = None,
+    start: Path | None = None,
     others: Sequence[Dataset] = (),
     task: str = "student",
     progress: ProgressSink = ignore,
@@ -74,7 +78,8 @@ def train_classifier_student(
 
     ``dataset`` holds the teacher's signals where ``distill`` is given: log-probabilities, and its states if they were
     kept (see :class:`Dataset`). The student is cut from the model at ``teacher_folder`` unless ``named_model`` is the
-    folder of another to start from. ``others``: the same rows with the distributions of further teachers.
+    folder of another to start from, or ``start`` that of a classifier to go on from (after pruning, its zeros stay).
+    ``others``: the same rows with the distributions of further teachers.
 
     Raises:
         DataError: no labelled rows, or no teacher signals although ``distill`` asks for them.
@@ -96,7 +101,11 @@ def train_classifier_student(
         targets += [IGNORED_LABEL] * len(transfer)
     source = named_model or teacher_folder
     tokenizer = closing_tokenizer(source)
-    if named_model is not None:
+    if start is not None:
+        classifier, source, tokenizer = load_classifier(start), start, load_tokenizer(start)
+        keep_zeros(classifier)
+        rate = train.learning_rate or RECOVERY_LEARNING_RATE
+    elif named_model is not None:
         classifier = classifier_from_language_model(named_model, labels)
         rate = train.learning_rate or NAMED_LEARNING_RATE
     else:
@@ -116,7 +125,8 @@ def train_classifier_student(
         distill,
         further,
     )
-    epochs = train.epochs or (EPOCHS if named_model is None else NAMED_EPOCHS)
+    default = EPOCHS if named_model is None else NAMED_EPOCHS
+    epochs = train.epochs or (default if start is None else RECOVERY_EPOCHS)
     batch_size = train.batch_size or batch_size_for(len(texts), epochs, STEPS_AT_LEAST)
     steps = steps_for(len(texts), batch_size, epochs)
     history = fit(

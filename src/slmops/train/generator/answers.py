@@ -113,6 +113,7 @@ class AnswerObjective:
     validation_rows: list[EncodedRow]
     packed: bool = False
     loss_function: LossFunction | None = None
+    measured_rows: int = BATCH_SIZE
 
     @property
     def lengths(self) -> list[int]:
@@ -139,7 +140,7 @@ class AnswerObjective:
         """Mean cross-entropy (or own loss) of a learnt token, and the share of them foreseen."""
         loss_sum, tokens, right = 0.0, 0, 0
         device = next(model.parameters()).device
-        for indices in iterate_batches([len(row.tokens) for row in rows], BATCH_SIZE):
+        for indices in iterate_batches([len(row.tokens) for row in rows], self.measured_rows):
             batch = {name: part.to(device) for name, part in self._batch([rows[i] for i in indices]).items()}
             logits, targets = supervised_logits(model, batch)
             if self.loss_function is not None:

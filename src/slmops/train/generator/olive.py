@@ -24,7 +24,7 @@ from slmops.artifacts import Dataset, Draft
 from slmops.chat import ChatTokenizer
 from slmops.errors import ConversionError, MissingExtraError
 from slmops.models.folder import read_tensors, weight_files
-from slmops.models.olive import find_olive_adapter, merge_adapter
+from slmops.models.olive import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_olive_adapter, merge_adapter
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import TrainConfig
 from slmops.train.batching import steps_for
@@ -103,7 +103,18 @@ def train_with_olive(
     copy_tokenizer(model_folder, draft.path)
     shutil.copyfile(model_folder / "tokenizer.json", draft.path / "tokenizer.json")
     save(model, history, draft)
+    if train.method != "qlora":  # one of a base in few bits fits the base itself a little less
+        _keep_adapter(adapter, draft.path / "adapter")
     draft.metrics["engine"] = "olive"
+
+
+def _keep_adapter(adapter: Path, folder: Path) -> None:
+    """The adapter for itself, beside the merged model, without the path that Olive wrote into it."""
+    folder.mkdir()
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8"))
+    config["base_model_name_or_path"] = None
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
+    shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
 
 
 def pass_options(train: TrainConfig, *, steps: int, seed: int, checkpoints: Path, linear: list[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from slmops.artifacts.token_signals import SignalHeader
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.errors import ModelError
 from slmops.models.quiet import quiet_transformers
+from slmops.models.vocabulary import trim_vocabulary
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig, StudentConfig, TrainConfig
 from slmops.train.generator.answers import (
@@ -39,7 +40,6 @@ from slmops.train.generator.taught import (
 )
 from slmops.train.student import shallow_copy
 from slmops.train.tokens import load_tokenizer
-from slmops.train.vocabulary import trim_vocabulary
 
 LEARNING_RATE = 5e-4
 LAYERS = 6

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slmops.errors import ModelError, UsageError
+from slmops.models.cut import evenly_spread
 from slmops.models.scaled_logits import scaled_logits
 from slmops.recipe import DISTRIBUTION_LOSSES, DistillConfig
 from slmops.train.generator.answers import AnswerObjective, EncodedRow, collate_rows
@@ -36,7 +37,6 @@ from slmops.train.losses import (
     weighted_sum,
 )
 from slmops.train.packing import packed_states
-from slmops.train.student import evenly_spread
 
 CHUNK_LOGITS = 1 << 24
 """64 MB in fp32."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,16 @@ class TrimmedVocabulary:
     kept_ids: tuple[int, ...]
 
 
-def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], *, common_merges: int = 0) -> TrimmedVocabulary:
+KEEP = "Set student.vocabulary: keep."
+
+
+def trim_vocabulary(
+    tokenizer: Tokenizer, texts: Iterable[str], *, common_merges: int = 0, remedy: str = KEEP
+) -> TrimmedVocabulary:
     """Keep special tokens, the alphabet, and the merges that ``texts`` apply; drop the rest.
 
     ``common_merges`` of the lowest rank stay besides: merges are ranked by how common they were where the tokenizer was
-    trained, so these cover words that few texts have not shown yet.
+    trained, so these cover words that few texts have not shown yet. ``remedy``: what an error tells to do.
 
     Raises:
         ModelError: the tokenizer is not byte-pair encoding, or a text would encode or decode differently.
@@ -45,7 +50,7 @@ def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], *, common_merges
     if model["type"] != "BPE":
         raise ModelError(
             f"The vocabulary of a {model['type']} tokenizer cannot be trimmed.",
-            remedy="Set student.vocabulary: keep.",
+            remedy=remedy,
         )
     old_ids: dict[str, int] = model["vocab"]
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -68,7 +73,7 @@ def trim_vocabulary(tokenizer: Tokenizer, texts: Iterable[str], *, common_merges
     _renumber_post_processor(spec.get("post_processor"), new_ids)
     trimmed = Tokenizer.from_str(json.dumps(spec))
     kept_ids = (*(old_ids[token] for token in tokens), *(special[token] for token in outside))
-    _prove_same(tokenizer, trimmed, kept_ids, unique_texts, before)
+    _prove_same(tokenizer, trimmed, kept_ids, unique_texts, before, remedy)
     return TrimmedVocabulary(trimmed, kept_ids)
 
 
@@ -81,6 +86,33 @@ def agreement(full: Tokenizer, trimmed: TrimmedVocabulary, texts: Sequence[str])
         for old, new in zip(full.encode_batch(texts), trimmed.tokenizer.encode_batch(texts), strict=True)
     )
     return same / len(texts)
+
+
+def kept_between(full: Tokenizer, trimmed: Tokenizer) -> tuple[int, ...]:
+    """The id in ``full`` of each id of ``trimmed``, which was trimmed from it: by the tokens' own text.
+
+    Raises:
+        ModelError: a token of ``trimmed`` is not in ``full``, so it comes from another tokenizer.
+    """
+    vocabulary = trimmed.get_vocab()
+    found = [full.token_to_id(token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+    known = tuple(token for token in found if token is not None)
+    if len(known) < len(found):
+        raise ModelError(
+            "One model has tokens that the other does not know, so it was not made from it.",
+            remedy="Name the model that it was made from.",
+        )
+    return known
+
+
+def renumber_added_tokens(tokenizer_config: Mapping[str, Any], kept_ids: Sequence[int]) -> dict[str, Any]:
+    """A ``tokenizer_config.json`` with the new ids in the table of added tokens that some have."""
+    table = tokenizer_config.get("added_tokens_decoder")
+    if not isinstance(table, dict):
+        return dict(tokenizer_config)
+    new_ids = {str(old): str(new) for new, old in enumerate(kept_ids)}
+    kept = {new_ids[old]: token for old, token in table.items() if old in new_ids}
+    return {**tokenizer_config, "added_tokens_decoder": kept}
 
 
 def _pair(merge: Any) -> tuple[str, str]:
@@ -130,11 +162,16 @@ def _renumber_post_processor(processor: dict[str, Any] | None, new_ids: dict[str
 
 
 def _prove_same(
-    full: Tokenizer, trimmed: Tokenizer, kept_ids: Sequence[int], texts: Sequence[str], before: Sequence[Encoding]
+    full: Tokenizer,
+    trimmed: Tokenizer,
+    kept_ids: Sequence[int],
+    texts: Sequence[str],
+    before: Sequence[Encoding],
+    remedy: str,
 ) -> None:
     for text, old, new in zip(texts, before, trimmed.encode_batch(texts), strict=True):
         if old.ids != [kept_ids[i] for i in new.ids] or full.decode(old.ids) != trimmed.decode(new.ids):
             raise ModelError(
                 f"The trimmed vocabulary would read {text[:80]!r} differently.",
-                remedy="Set student.vocabulary: keep.",
+                remedy=remedy,
             )

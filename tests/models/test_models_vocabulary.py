@@ -15,8 +15,8 @@ from fakes.tiny_models import CHAT_TEMPLATE
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
 from slmops.errors import ModelError
+from slmops.models.vocabulary import TrimmedVocabulary, agreement, trim_vocabulary
 from slmops.train.tokens import encode_texts, load_tokenizer, pad, with_end_token
-from slmops.train.vocabulary import TrimmedVocabulary, agreement, trim_vocabulary
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and runs away from the hunters",
