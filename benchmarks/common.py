@@ -18,6 +18,8 @@ from slmops.runtime import open_classifier
 from slmops.store import Store
 
 LOG_EVERY_S = 15.0
+ROWS_TO_COMPRESS = 3000
+"""Of banking77, with which the parts of compression are compared: one teacher for all of them, in minutes."""
 GEMM_SIZE, GEMM_REPEATS = 2048, 4
 
 
@@ -27,6 +29,18 @@ def data_file(options: argparse.Namespace, name: str) -> str:
     if not path.exists():
         raise SystemExit(f"{path} is not there; name the folder of the data sets with --data")
     return str(path)
+
+
+def rows_to_compress(options: argparse.Namespace, quick_rows: int) -> dict[str, Any]:
+    """The recipe's ``data`` of the comparisons of compression; a fifth of it for the test, so that points can be told
+    apart."""
+    return {
+        "train": data_file(options, "banking77/train.csv"),
+        "input": "{text}",
+        "target": "{category}",
+        "limit": quick_rows if options.quick else ROWS_TO_COMPRESS,
+        "split": {"test": 0.2},
+    }
 
 
 def report_of(options: argparse.Namespace, raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import check, classified_right, data_file, log, mean, say, spread
+from benchmarks.common import check, classified_right, log, mean, rows_to_compress, say, spread
 from slmops.artifacts import Checkpoint, Dataset, Draft, Row
 from slmops.compress import export_classifier
 from slmops.evaluate.significance import paired_bootstrap
@@ -45,11 +45,10 @@ TIMED_ROWS, ROUNDS = 64, 6
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     quick = options.quick
-    path = data_file(options, "banking77/train.csv")
     right: dict[str, list[float]] = {}
     told: dict[str, dict[str, Any]] = {}
     with Store.open(options.store) as store:
-        side = _Side(path, store, quick=quick)
+        side = _Side(rows_to_compress(options, QUICK_ROWS), store, quick=quick)
         right["whole"] = classified_right(side.teacher.path, side.test)
         say(f"whole: {mean(right['whole']):.4f}")
         sides = QUICK_SIDES if quick else tuple(SIDES)
@@ -89,8 +88,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 class _Side:
     """The adapted model, the rows, and what is pruned from it; everything is kept in the store."""
 
-    def __init__(self, path: str, store: Store, *, quick: bool) -> None:
-        self.path, self.store, self.quick = path, store, quick
+    def __init__(self, rows: dict[str, Any], store: Store, *, quick: bool) -> None:
+        self.rows, self.store, self.quick = rows, store, quick
         context = self._context({"vocabulary": "trim", "recover": None})
         self.data: Dataset = prepare_data(context)
         teacher = make_teacher(context, self.data)
@@ -116,11 +115,10 @@ class _Side:
         raw: dict[str, Any] = {
             "name": "pruning",
             "task": "classification",
-            "data": {"train": self.path, "input": "{text}", "target": "{category}"},
+            "data": self.rows,
             "compress": {"prune": {"of": "teacher", **prune}},
         }
         if self.quick:
-            raw["data"]["limit"] = QUICK_ROWS
             raw["teacher"] = {"adapt_epochs": 0.1, "frozen_share": 0.95}
             raw["compress"]["prune"]["rows"] = 4
         return parse_recipe(raw)

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common import check, data_file, report_of, say
+from benchmarks.common import check, report_of, rows_to_compress, say
 
 SIZE_MB = 1.0
 LEAST_RETENTION = 0.95
@@ -24,7 +24,7 @@ Report = Mapping[str, Any]
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     quick = options.quick
-    base = recipe(data_file(options, "banking77/train.csv"), quick=quick)
+    base = recipe(rows_to_compress(options, QUICK_ROWS), quick=quick)
     say("four bits alone")
     int4 = report_of(options, changed(base, "search-int4", precisions=["int4"]))
     say("a smaller student alone")
@@ -66,10 +66,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def recipe(path: str, *, quick: bool) -> dict[str, Any]:
+def recipe(rows: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "task": "classification",
-        "data": {"train": path, "input": "{text}", "target": "{category}", **({"limit": QUICK_ROWS} if quick else {})},
+        "data": rows,
         "teacher": {"adapt_epochs": 0.1, "frozen_share": 0.95} if quick else {},
         "evaluate": {"untaught_baseline": False, "threads": 1},
         "gates": {"retention": 0 if quick else LEAST_RETENTION, "format_valid": 0},

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import check, classified_right, data_file, log, mean, say, spread
+from benchmarks.common import check, classified_right, log, mean, rows_to_compress, say, spread
 from slmops.artifacts import Checkpoint, Dataset
 from slmops.chat.files import open_tokenizer
 from slmops.evaluate.significance import paired_bootstrap
@@ -37,11 +37,11 @@ LARGEST_DIFFERENCE = 1e-4
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     quick = options.quick
-    path = data_file(options, "banking77/train.csv")
+    rows = rows_to_compress(options, QUICK_ROWS)
     table: dict[str, Any] = {}
     right: dict[int, list[float]] = {}
     with Store.open(options.store) as store:
-        base = _context(path, store, 0, quick=quick)
+        base = _context(rows, store, 0, quick=quick)
         data = prepare_data(base)
         teacher = make_teacher(base, data)
         assert teacher is not None
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         say(f"whole: {mean(whole):.4f}")
         for merges in QUICK_MERGES if quick else MERGES:
             # Nothing is trained after, so no answers are asked for.
-            small = make_pruned(_context(path, store, merges, quick=quick), data, data, teacher)
+            small = make_pruned(_context(rows, store, merges, quick=quick), data, data, teacher)
             right[merges] = classified_right(small.path, test)
             lost = paired_bootstrap(whole, right[merges])
             texts = seen[: QUICK_TEXTS if quick else PROVED_TEXTS]
@@ -89,11 +89,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _context(path: str, store: Store, merges: int, *, quick: bool) -> Context:
+def _context(rows: dict[str, Any], store: Store, merges: int, *, quick: bool) -> Context:
     raw: dict[str, Any] = {
         "name": "vocabulary",
         "task": "classification",
-        "data": {"train": path, "input": "{text}", "target": "{category}", **({"limit": QUICK_ROWS} if quick else {})},
+        "data": rows,
         "teacher": {"adapt_epochs": 0.1, "frozen_share": 0.95} if quick else {},
         "compress": {
             "prune": {"of": "teacher", "vocabulary": "trim", "common_merges": merges, "recover": None, "rows": 16}
