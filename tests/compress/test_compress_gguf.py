@@ -63,6 +63,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EVERY_4TH: dict[str, Any] = {"layers": 4, "no_rope_layers": None}
+EVERY_6TH: dict[str, Any] = {"layers": 6, "layer_types": None}
+"""As published: llama.cpp knows no other order of the layers that differ."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": ("llama", {}),
     "llama of an odd number of heads": (
@@ -70,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},
     ),
     "llama 3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
-    "smollm3": ("smollm3", {"layers": 4}),
+    "smollm3": ("smollm3", EVERY_4TH),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "phi3": ("phi3", {"sliding_window": 256}),
@@ -79,11 +82,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi4",
         {**WIDE, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256},
     ),
-    "gemma3": ("gemma3", {"layers": 6}),
+    "gemma3": ("gemma3", EVERY_6TH),
     "gemma3 with stretched positions": (
         "gemma3",
         {
-            "layers": 6,
+            **EVERY_6TH,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

@@ -152,8 +152,8 @@ SCALING = ("gemma2", "granite", "cohere", "cohere2", "falcon_h1")
 def write_tiny_model(
     folder: Path, architecture: str, *, context_tokens: int = 512, layers: int = 2, **changes: Any
 ) -> Any:
-    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model. ``changes``: of
-    the configuration."""
+    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model. Layers of two
+    kinds take turns, so that few are enough to see both. ``changes``: of the configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
