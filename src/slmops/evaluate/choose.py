@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slmops.evaluate.estimate import DeviceEstimate
-from slmops.evaluate.gates import Gate, budget_gates, format_gate, parity_gate, retention_gate
+from slmops.evaluate.gates import Gate, budget_gates, format_gate, measure_gates, parity_gate, retention_gate
 from slmops.evaluate.measure import Measurement
 from slmops.evaluate.scores import Scores
 from slmops.recipe import BudgetConfig, GatesConfig
@@ -52,6 +52,7 @@ def gates_of(
     return [
         retention_gate(last.scores, teacher, limits.retention),
         format_gate(last.scores, limits.format_valid),
+        *measure_gates(last.scores, limits.metrics),
         *steps,
         *last.drift,
         *budget_gates(budget, last.size_bytes, last.measurement, last.estimate),

@@ -13,7 +13,7 @@ from slmops.evaluate.estimate import DeviceEstimate, Estimate
 from slmops.evaluate.measure import Measurement
 from slmops.evaluate.scores import Scores
 from slmops.evaluate.significance import PairedTest, compare
-from slmops.recipe import BudgetConfig
+from slmops.recipe import BudgetConfig, Floor
 
 MB = 1_000_000  # bytes; a budget's megabytes are decimal, as a disk's label has them
 ROUNDING = 1e-9  # a floor of 0.9 must not fail 0.9 for the last bit of a division
@@ -76,6 +76,28 @@ def format_gate(student: Scores, limit: float) -> Gate:
     if "format_valid" not in student.others:
         raise ValueError("these scores do not say how many answers had a valid form")
     return at_least("format_valid", student.others["format_valid"], limit, "share")
+
+
+def measure_gates(scores: Scores, limits: Mapping[str, str]) -> list[Gate]:
+    """One gate for each limit of ``gates.metrics``.
+
+    Raises:
+        ValueError: the scores have no such figure (checked before work by :func:`slmops.pipeline.judge.check_metrics`).
+    """
+    gates = []
+    for name, text in limits.items():
+        value, own = scores.figure(name), scores.measures.get(name)
+        if value is None:
+            raise ValueError(f"these scores have no {name}")
+        note = "" if own is None or own.ci95 is None else f"95 % interval {own.ci95[0]:.3g} to {own.ci95[1]:.3g}."
+        gates.append(floor_gate(name, value, text, note=note))
+    return gates
+
+
+def floor_gate(name: str, value: float, limit: str, *, note: str = "") -> Gate:
+    """``limit`` as the recipe writes it: ``">= 3"``."""
+    floor = Floor.parse(limit)
+    return (at_least if floor.direction == "at_least" else at_most)(name, value, floor.limit, note=note)
 
 
 def parity_gate(before: Scores, after: Scores, allowed_share: float, *, name: str = "parity", seed: int = 0) -> Gate:

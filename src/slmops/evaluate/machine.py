@@ -15,7 +15,7 @@ SPEED_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx
 
 
 def machine_facts(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> dict[str, Any]:
-    """``{"cpu", "cores", "memory_bytes", "os", "arch", "python", "cpu_flags", "load_1min"}``.
+    """``{"cpu", "cores", "memory_bytes", "os", "arch", "python", "cpu_flags", "load_1min", "gpus"}``.
 
     ``cores`` are those this process may use; ``memory_bytes`` is the lower of what is installed and what the control
     group allows (None where neither is known).
@@ -33,7 +33,15 @@ def machine_facts(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgrou
         "python": platform.python_version(),
         "cpu_flags": speed_flags(cpu_text),
         "load_1min": load_1min(_read(proc / "loadavg")),
+        "gpus": gpus(proc),
     }
+
+
+def gpus(proc: Path = Path("/proc")) -> list[str]:
+    """Names of the NVIDIA devices that the driver has; of other makers' nothing is known."""
+    cards = sorted((proc / "driver/nvidia/gpus").glob("*/information"))
+    named = [line.partition(":")[2].strip() for card in cards for line in _read(card).splitlines() if "Model:" in line]
+    return [name for name in named if name]
 
 
 def usable_cores() -> int:

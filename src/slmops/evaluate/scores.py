@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from slmops.artifacts import Message, Row
 from slmops.errors import DataError
 from slmops.evaluate import metrics
+from slmops.evaluate.measures import Measure, OwnMetric, measured
 from slmops.evaluate.significance import bootstrap_interval
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import CLOSED_TASKS, Task
@@ -75,6 +76,7 @@ class Scores:
     ``predictions``  one a row
     ``classes``      closed tasks: each class, the worst F1 first
     ``confusions``   closed tasks: the :data:`MAX_CONFUSIONS` commonest mistakes, the commonest first
+    ``measures``     of the user's own, by name; added by :meth:`with_measures` and not kept by :meth:`to_json`
     """
 
     metric: str
@@ -86,6 +88,16 @@ class Scores:
     predictions: list[str] = field(default_factory=list)
     classes: tuple[ClassScore, ...] = ()
     confusions: tuple[Confusion, ...] = ()
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+
+    def with_measures(self, own: Sequence[OwnMetric], rows: Sequence[Row], *, seed: int) -> Scores:
+        """These scores with the user's own measures of the same answers to ``rows``; raises as :func:`measured`."""
+        return replace(self, measures=measured(own, self.predictions, rows, seed=seed)) if own else self
+
+    def figure(self, name: str) -> float | None:
+        """A measure or a further metric by its name."""
+        own = self.measures.get(name)
+        return self.others.get(name) if own is None else own.value
 
     def first(self, rows: int, *, seed: int) -> Scores:
         """These scores on the first ``rows`` rows alone, for comparison with a model that was asked no more."""

@@ -64,6 +64,7 @@ class ModelEntry:
             "artifact": self.artifact,
             "score": self.scores.summary(),
             "metrics": dict(self.scores.others),
+            "measures": measures_of(self.scores),
             "parameters": self.parameters,
             "size_bytes": self.size_bytes,
             "memory_bytes_peak": measured.memory_bytes_peak if measured else None,
@@ -91,10 +92,16 @@ class BaselineEntry:
             "description": self.description,
             "score": self.scores.summary(),
             "metrics": dict(self.scores.others),
+            "measures": measures_of(self.scores),
             "size_bytes": self.size_bytes,
             "latency_ms": {"p50": self.latency_ms_p50},
             "artifact": self.artifact,
         }
+
+
+def measures_of(scores: Scores) -> dict[str, Any]:
+    """The user's own measures: name -> ``{"value", "ci95"}``; no interval for a figure of all rows together."""
+    return {name: measure.to_json() for name, measure in scores.measures.items()}
 
 
 def reduction(teacher: float | None, student: float | None) -> float | None:

@@ -31,6 +31,7 @@ from slmops.models import fetch_model
 from slmops.pipeline.azureml.job import STAGES
 from slmops.pipeline.context import Context
 from slmops.pipeline.fit import find_smallest
+from slmops.pipeline.judge import check_metrics
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.prune import check_prunable, check_prune, make_learnt
 from slmops.pipeline.search import find_best
@@ -174,6 +175,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     make_place(folder)
     data = prepare_data(context)
     check_judgeable(context, data)
+    check_metrics(context, context.test_rows(data))
     check_fits(context)
     check_signals(context)
     prune = context.recipe.compress.prune

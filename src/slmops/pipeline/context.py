@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from slmops.artifacts import Artifact, Dataset, Draft, Message, Row
 from slmops.data.redact import redact
 from slmops.distill import leaves_machine, student_messages
+from slmops.evaluate.measures import OwnMetric, load_metrics
 from slmops.models import LocalModel, fetch_model
 from slmops.progress import Progress, ProgressSink
 from slmops.recipe import Recipe
@@ -78,6 +79,11 @@ class Context:
 
     def fetch(self, source: str) -> LocalModel:
         return fetch_model(source, offline=self.offline, progress=self.progress)
+
+    @cached_property
+    def own_metrics(self) -> list[OwnMetric]:
+        """The user's own measures, loaded."""
+        return load_metrics(self.recipe.evaluate.metrics)
 
     @property
     def adapt_method(self) -> Literal["full", "lora"]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Row
-from slmops.errors import DataError
-from slmops.evaluate.gates import Gate, parity_gate
+from slmops.errors import DataError, RecipeError
+from slmops.evaluate.gates import Gate, measure_gates, parity_gate
+from slmops.evaluate.measures import measured
 from slmops.evaluate.parity import Parity, Step, advice, compare_models, drift_gates
-from slmops.evaluate.scores import Scores, score_classifier, score_generator
+from slmops.evaluate.scores import Scores, score_classifier, score_generator, score_predictions
+from slmops.evaluate.summary import measures_of
 from slmops.package import resolve_model_folder
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import prepare_data
@@ -23,6 +25,8 @@ from slmops.progress import Progress, ProgressSink, ignore
 from slmops.recipe import Recipe
 from slmops.runtime import open_classifier, open_generator
 from slmops.store import Store
+
+TRIED_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,14 @@ class Judgement:
     def to_json(self) -> dict[str, Any]:
         def told(scores: Scores | None) -> dict[str, Any] | None:
             return (
-                None if scores is None else {"metric": scores.metric, **scores.summary(), "others": dict(scores.others)}
+                None
+                if scores is None
+                else {
+                    "metric": scores.metric,
+                    **scores.summary(),
+                    "others": dict(scores.others),
+                    "measures": measures_of(scores),
+                }
             )
 
         return {
@@ -79,9 +90,11 @@ def judge_model(
     rows = context.test_rows(prepare_data(context))
     if not rows:
         raise DataError("The test split has no row with a target.", remedy="Give data.test, or more rows.")
+    check_metrics(context, rows)
     scores = _scored(context, "model", folder, rows)
+    own_gates = tuple(measure_gates(scores, recipe.gates.metrics))
     if before is None:
-        return Judgement(scores)
+        return Judgement(scores, gates=own_gates)
     other = _scored(context, "the form before", before, rows)
     parity = compare_models(
         (str(against), before),
@@ -95,10 +108,33 @@ def judge_model(
         progress=partial(_rename, progress, "compare"),
     ).with_answers(other.predictions, scores.predictions, [row.id for row in rows])
     gates = (
+        *own_gates,
         parity_gate(other, scores, recipe.gates.parity, seed=recipe.seed),
         *drift_gates(parity, recipe.gates.drift),
     )
     return Judgement(scores, other, parity, gates)
+
+
+def check_metrics(context: Context, rows: Sequence[Row]) -> None:
+    """Try the user's own measures on the right answers and on empty ones, and look for what ``gates.metrics`` names.
+
+    Raises:
+        RecipeError: a measure that cannot be used, or a gate on a figure that nobody measures.
+    """
+    recipe, targets = context.recipe, [row.target or "" for row in rows]
+    measured(context.own_metrics, [""] * len(rows), rows, seed=recipe.seed)
+    if not (context.own_metrics or recipe.gates.metrics) or not rows:
+        return
+    shown = rows[:TRIED_ROWS]
+    ideal = score_predictions(targets[:TRIED_ROWS], targets[:TRIED_ROWS], task=recipe.task, seed=recipe.seed)
+    own = measured(context.own_metrics, targets, rows, seed=recipe.seed)
+    known = [*own, *ideal.others]
+    for name in recipe.gates.metrics:
+        if name not in known:
+            raise RecipeError(
+                f"gates.metrics names {name}, which nothing measures on these {len(shown)} rows.",
+                remedy=f"Known here: {', '.join(known)}; more by evaluate.metrics.",
+            )
 
 
 def model_folder(path: Path) -> Path:
@@ -107,6 +143,11 @@ def model_folder(path: Path) -> Path:
 
 
 def _scored(context: Context, what: str, folder: Path, rows: Sequence[Row]) -> Scores:
+    found = _answered(context, what, folder, rows)
+    return found.with_measures(context.own_metrics, rows, seed=context.recipe.seed)
+
+
+def _answered(context: Context, what: str, folder: Path, rows: Sequence[Row]) -> Scores:
     recipe, report = context.recipe, partial(_rename, context.progress, f"score {what}")
     threads = recipe.evaluate.threads
     if recipe.closed:

@@ -28,7 +28,7 @@ from slmops.evaluate.report_html import render_report
 from slmops.evaluate.scores import Scores, score_classifier, score_generator, score_predictions
 from slmops.evaluate.significance import compare
 from slmops.evaluate.speed import MachineSpeed, machine_speed
-from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report
+from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report, measures_of
 from slmops.hardware import device_profile
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
@@ -84,6 +84,7 @@ def evaluate(
     inputs["drift"] = digest_json({name: one.parity.to_json() for name, one in measured.items() if one.parity})
     inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
     inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
+    inputs["measures"] = digest_json({name: measures_of(one.candidate.scores) for name, one in measured.items()})
     if context.search is not None:
         inputs["search"] = digest_json(dict(context.search))
 
@@ -364,11 +365,13 @@ def score_variant(
     test split (of that one as many as the recipe says)."""
     recipe = context.recipe
 
-    def build(draft: Draft) -> None:
+    def asked() -> list[Row]:
         if split == "test":
-            rows = context.test_rows(data)
-        else:
-            rows = [row for row in data.rows(split) if row.target is not None][:most_rows]
+            return context.test_rows(data)
+        return [row for row in data.rows(split) if row.target is not None][:most_rows]
+
+    def build(draft: Draft) -> None:
+        rows = asked()
         report = partial(_rename, context.progress, f"score {who}")
         threads = recipe.evaluate.threads
         if recipe.closed:
@@ -401,7 +404,13 @@ def score_variant(
         [*SCORING, "slmops.runtime"],
         build,
     )
-    return Scores.from_json(report.content)
+    return with_measures(context, Scores.from_json(report.content), asked)
+
+
+def with_measures(context: Context, scores: Scores, rows: Callable[[], list[Row]]) -> Scores:
+    """These scores with the user's own measures of the same answers; ``rows`` are read where there are some."""
+    own = context.own_metrics
+    return scores.with_measures(own, rows(), seed=context.recipe.seed) if own else scores
 
 
 def measure_variants(context: Context, variants: Mapping[str, Variant], data: Dataset) -> dict[str, Measurement]:
@@ -497,7 +506,7 @@ def _baselines(context: Context, data: Dataset, untaught: Checkpoint | None) -> 
     rows = len(context.test_rows(data))
     entries = {
         name: BaselineEntry(
-            scores.first(rows, seed=recipe.seed),
+            with_measures(context, scores.first(rows, seed=recipe.seed), partial(context.test_rows, data)),
             DESCRIPTIONS[name],
             size_bytes=_whole(scores.others.get("size_bytes")),
             latency_ms_p50=scores.others.get("latency_ms_p50"),
@@ -563,7 +572,7 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
     tokens = float(report.content["tokens_per_request"])
     return ModelEntry(
         id="teacher",
-        scores=Scores.from_json(report.content["scores"]),
+        scores=with_measures(context, Scores.from_json(report.content["scores"]), partial(context.test_rows, data)),
         runtime=recipe.teacher.model,
         cost_per_1000=None if price is None else cost_per_1000_by_tokens(tokens, price),
         artifact=report.digest,
@@ -636,10 +645,22 @@ def _judge(
             "closest": [miss.to_json() for miss in misses],
             "closest_in_words": closest_in_words(misses),
             "drift": [_drift_entry(one.parity, one.candidate) for one in measured.values() if one.parity],
+            "measures": _measures(teacher.scores, chosen.scores, recipe.seed),
             **({} if context.search is None else {"search": context.search}),
             **({} if "removed" not in removed else {"pruned": removed}),
         },
     )
+
+
+def _measures(teacher: Scores, student: Scores, seed: int) -> dict[str, Any]:
+    """The user's own measures: what teacher and student reach, and by the row whether they differ."""
+    found: dict[str, Any] = {}
+    for name, ours in student.measures.items():
+        theirs = teacher.measures[name]
+        found[name] = {"teacher": theirs.to_json(), "student": ours.to_json(), "test": None}
+        if ours.per_row is not None and theirs.per_row is not None:
+            found[name]["test"] = compare(theirs.per_row, ours.per_row, seed=seed).to_json()
+    return found
 
 
 def _drift_entry(parity: Parity, candidate: Candidate) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How many tokens are worked through at once: as many as fit in the memory that is free, by arithmetic.
+"""How many tokens are worked through at once: as many as fit in the memory that is free, the GPU's where there is one,
+by arithmetic.
 
 Guarantees: decided once, before training, and remembered for a run that goes on after a kill (another division of the
 same rows would round otherwise). Not covered: what other programs take while training runs; half of what is free is
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from slmops.models import available_memory_bytes, check_memory, estimate_memory, model_facts
+from slmops.models import check_memory, estimate_memory, model_facts
 from slmops.models.memory import Work
 from slmops.recipe import Precision
+from slmops.train.device import free_training_bytes
 from slmops.train.methods import Method
 
 SHARE = 0.5
@@ -34,7 +36,7 @@ def part_tokens(
     if remembered.exists():
         found: int | None = json.loads(remembered.read_text("utf-8"))["tokens"]
         return found
-    free = available_memory_bytes() if available_bytes is None else available_bytes
+    free = free_training_bytes() if available_bytes is None else available_bytes
     tokens = None if free is None else _fitting(folder, method, longest, logit_share, round(free * SHARE))
     work.mkdir(parents=True, exist_ok=True)
     written = work / ".part-tokens.json.tmp"

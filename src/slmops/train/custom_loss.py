@@ -8,17 +8,16 @@ recipe.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slmops.errors import ModelError, RecipeError
+from slmops.plugins import load_function
 
 LossFunction = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 """Always called with three arguments; :func:`adapt_signature` makes it so."""
@@ -30,25 +29,7 @@ def load_loss(reference: str) -> LossFunction:
     Raises:
         RecipeError: no such file or function, or the file cannot be run.
     """
-    file, separator, name = reference.rpartition(":")
-    path = Path(file)
-    if not separator or not file:
-        raise RecipeError(f"train.loss is {reference!r}.", remedy="Write it as FILE.py:FUNCTION.")
-    if not path.is_file():
-        raise RecipeError(f"train.loss names {path}, which is not there.", remedy="Put the file beside the recipe.")
-    spec = importlib.util.spec_from_file_location(f"slmops_user_loss_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"train.loss names {path}, which is no Python file.", remedy="Name a file that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RecipeError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v)) or "none"
-        raise RecipeError(f"{path} has no function {name}.", remedy=f"Functions there: {known}.")
-    return adapt_signature(function)
+    return adapt_signature(load_function(reference, key="train.loss"))
 
 
 def adapt_signature(function: Callable[..., Any]) -> LossFunction:

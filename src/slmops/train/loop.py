@@ -28,6 +28,7 @@ from slmops.errors import ModelError
 from slmops.models.quiet import load_bitsandbytes
 from slmops.progress import Progress, ProgressSink, ignore
 from slmops.train.batching import divide, plan_batches
+from slmops.train.device import training_device, wait_for
 from slmops.train.processes import ProcessGroup
 
 load_bitsandbytes()  # transformers' Trainer imports it where it is installed, and it would look at a hub
@@ -127,7 +128,8 @@ def fit(
     progress: ProgressSink = ignore,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place; returns the loss curve, one mapping a logged step.
+    """Train ``model`` in place, on the GPU where there is one (it stays there); returns the loss curve, one mapping a
+    logged step.
 
     ``work`` holds checkpoints; when it holds some already, training goes on from the last. ``callbacks``: trackers and
     the like, called in the first process only.
@@ -137,6 +139,8 @@ def fit(
     """
     group = ProcessGroup.current()
     plan = plan_batches(objective.lengths, batch_size=config.batch_size, steps=config.steps, seed=config.seed)
+    if (device := training_device()).type != next(model.parameters()).device.type:
+        model.to(device)
     precision = group.agree(lambda: _decide_precision(model, objective, plan[0], config.precision, work))
     if precision == "bf16" and config.frozen_bf16:
         _keep_frozen_in_bf16(model)
@@ -437,10 +441,10 @@ def _decide_precision(
     if remembered.exists():
         choice: Literal["fp32", "bf16"] = json.loads(remembered.read_text("utf-8"))["precision"]
         return choice
-    state = torch.get_rng_state()
-    batch = objective.collate(indices)
-    seconds = {precision: _time_step(model, objective, batch, precision) for precision in ("fp32", "bf16")}
-    torch.set_rng_state(state)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        batch = {name: part.to(device) for name, part in objective.collate(indices).items()}
+        seconds = {precision: _time_step(model, objective, batch, precision) for precision in ("fp32", "bf16")}
     choice = "bf16" if seconds["bf16"] < seconds["fp32"] else "fp32"
     work.mkdir(parents=True, exist_ok=True)
     written = work / ".precision.json.tmp"
@@ -453,10 +457,13 @@ def _time_step(model: nn.Module, objective: Objective, batch: Mapping[str, Tenso
     model.train()
     best_s = math.inf
     for _ in range(2):  # the first one warms up
+        device = next(model.parameters()).device
+        wait_for(device)
         started = time.perf_counter()
         with autocast(precision):
             loss = objective.loss(model, dict(batch))
         loss.backward()  # type: ignore[no-untyped-call]
+        wait_for(device)
         best_s = min(best_s, time.perf_counter() - started)
         model.zero_grad()
     return best_s

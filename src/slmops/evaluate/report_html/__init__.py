@@ -33,6 +33,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "search": None,
     "drift": (),
     "closest_in_words": (),
+    "measures": {},
+    "benchmarks": {},
 }
 
 
@@ -53,6 +55,7 @@ def render_report(report: Mapping[str, Any]) -> str:
             metric=words.metric_name(report["metric"]),
             figures=figures.headline(report),
             models=figures.models(report),
+            measures=figures.measures(report),
             details=figures.details(report),
             comparisons=figures.comparisons(report),
             balance=figures.balance(report),

@@ -60,7 +60,7 @@ class Details:
     """Further measures: a row for each model, in the order of ``keys``. None where a model has not been so measured."""
 
     keys: Sequence[str]
-    rows: Mapping[str, Sequence[float | None]]
+    rows: Mapping[str, Sequence[Any]]
 
 
 def details(report: Report) -> Details:
@@ -82,6 +82,13 @@ def _details(entry: Entry) -> dict[str, float | None]:
         "ttft_ms": (measured.get("ttft_ms") or {}).get("p50"),
         "load_s": measured.get("load_s"),
     }
+
+
+def measures(report: Report) -> Details:
+    """The user's own measures, as ``details``; ``rows`` hold ``{"value", "ci95"}``."""
+    entries = {entry["id"]: entry for entry in models(report)} | dict(report["baselines"])
+    keys = list(report.get("measures") or ())
+    return Details(keys, {name: [entry["measures"][key] for key in keys] for name, entry in entries.items() if keys})
 
 
 def comparisons(report: Report) -> list[str]:

@@ -157,6 +157,20 @@ def comparison(test: Mapping[str, Any], other: str) -> str:
     return f"The student is {points} than {other}, {noise} ({p_value}; {ends}); {won}."
 
 
+def own_comparison(test: Mapping[str, Any]) -> str:
+    """A paired test of the student (b) and its teacher (a), in the measure's own unit."""
+    low, high = (significant(end).replace("-", "−") for end in test["ci95"])
+    noise = "beyond noise" if test["significant"] else "within noise"
+    p_value = p_in_words(test["p_value"]).replace(" ", SPACE)
+    change = significant(abs(test["difference"]))
+    words = (
+        "as much as the teacher"
+        if not test["difference"]
+        else (f"{change} {'more' if test['difference'] > 0 else 'less'} than the teacher")
+    )
+    return f"the student has {words} a row, {noise} ({p_value}; 95{SPACE}% interval {low} to {high})."
+
+
 FILTERS: Mapping[str, Callable[..., str]] = {
     "count": count,
     "digest": digest,
@@ -166,6 +180,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "metric_value": metric_value,
     "milliseconds": milliseconds,
     "money": money,
+    "own_comparison": own_comparison,
     "percent": percent,
     "plural": plural,
     "quantity": quantity,
