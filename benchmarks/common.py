@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slmops.progress import Progress
 
 LOG_EVERY_S = 15.0
-ROWS_TO_COMPRESS = 3000
+ROWS_TO_COMPRESS = 1500
 """Of banking77, with which the parts of compression are compared: one teacher for all of them, in minutes."""
 GEMM_SIZE, GEMM_REPEATS = 2048, 4
 GPU_GEMM_SIZE, GPU_GEMM_REPEATS = 8192, 10
