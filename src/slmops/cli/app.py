@@ -25,6 +25,7 @@ from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
 from slmops.cli.init import init
+from slmops.cli.keys import keys
 from slmops.cli.run import run
 from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
@@ -75,6 +76,7 @@ app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)
+app.add_typer(keys, name="keys")
 app.command()(chat)
 app.command()(trace)
 app.command()(run)
