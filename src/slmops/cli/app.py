@@ -20,6 +20,7 @@ from slmops.cli.compress import EPILOG as COMPRESS_EPILOG
 from slmops.cli.compress import compress
 from slmops.cli.data import data
 from slmops.cli.demo import demo
+from slmops.cli.deploy import deploy
 from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
@@ -77,6 +78,7 @@ app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)
 app.add_typer(keys, name="keys")
+app.add_typer(deploy, name="deploy")
 app.command()(chat)
 app.command()(trace)
 app.command()(run)
