@@ -32,6 +32,8 @@ from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
 from slmops.cli.trace import trace
 from slmops.cli.train import train
+from slmops.cli.validate import EPILOG as VALIDATE_EPILOG
+from slmops.cli.validate import validate
 from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
@@ -76,6 +78,7 @@ app.command(epilog=COMPRESS_EPILOG)(compress)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
+app.command(epilog=VALIDATE_EPILOG)(validate)
 app.command()(serve)
 app.add_typer(keys, name="keys")
 app.add_typer(deploy, name="deploy")
