@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +52,9 @@ def serve(
         int, typer.Option("--drain", min=0, help="Seconds that answers may go on for after SIGTERM.")
     ] = 30,
     log_format: Annotated[str, typer.Option("--log", help="text, or json: one object a request.")] = "text",
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start it again when it dies; callers wait meanwhile.")
+    ] = False,
     otel: Annotated[
         bool, typer.Option("--otel", help="Send traces to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra otel).")
     ] = False,
@@ -65,6 +69,8 @@ def serve(
         raise MissingExtraError("slmops serve", "serve")
     if log_format not in ("text", "json"):
         raise UsageError(f"--log is {log_format!r}.", remedy="Choose text or json.")
+    if supervise:
+        raise typer.Exit(_supervised(host, port))
     from slmops.serve.engine import Engine
     from slmops.serve.logs import log_as_json
     from slmops.serve.operate import ServeOptions, operate
@@ -105,6 +111,16 @@ def serve(
         finally:
             if tracer is not None:
                 tracer.close()
+
+
+def _supervised(host: str, port: int) -> int:
+    """The same command again as a child, without the supervision."""
+    from slmops.serve.server import bind
+    from slmops.serve.supervise import supervise
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--supervise"]
+    with bind(host, port) as listening:
+        return supervise([sys.executable, "-m", "slmops", *arguments], listening)
 
 
 def checked(source: str, store: Path) -> Version:

@@ -16,17 +16,21 @@ from starlette.types import ASGIApp
 from slmops.errors import ServeError
 from slmops.serve.connections import Guarded, raise_file_limit
 from slmops.serve.operate import Operated
+from slmops.serve.supervise import inherited_socket
 
 DRAIN_S = 30
 """Answers that are being written when SIGTERM comes may go on for so long."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address, taken before the model is loaded. Port 0 lets the system choose.
+    """A listening address, taken before the model is loaded: the one that a supervisor has taken already, else this.
+    Port 0 lets the system choose.
 
     Raises:
         ServeError: the port is in use, not permitted, or the host is not one of this machine's.
     """
+    if (inherited := inherited_socket()) is not None:
+        return inherited
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
