@@ -2,9 +2,9 @@
 
 The model is a student of the usual size (int8 in onnxruntime). Overhead: single requests over a kept connection to
 ``slmops serve`` in a process of its own, against the same model called in this one, round by round in turns; the p50 of
-each round. Cost of observation: two servers of the same model, one with JSON logs, metrics and keys, one with none of
-them, asked by several callers in turns; compared is the processor time that the server's process takes for a request,
-which is what bounds its throughput and which other load on the machine leaves alone; requests a second are told beside.
+each round. Cost of observation: two servers of the same model and keys, one with JSON log and metrics, one without,
+asked by several callers in turns; compared is the processor time that the server takes for a request, which is
+what bounds its throughput and which other load on the machine leaves alone; requests a second are told beside.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.common import say, small_classifier, spread
 from slmops.evaluate.served import Served
 from slmops.package import resolve_model_folder
 from slmops.runtime import open_classifier
+from slmops.serve.keys import KeyFile
 
 OVERHEAD_MS, COST = 2.0, 0.05
 ROUNDS, REQUESTS = 20, 300
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with server(bundle) as watched, server(bundle, plain=True) as plain:
         sides = {
             "observed": Served(watched[0], pid=watched[1], key=watched[2]),
-            "plain": Served(plain[0], pid=plain[1]),
+            "plain": Served(plain[0], pid=plain[1], key=plain[2]),
         }
         shares, rates = costs(sides, rounds, requests)
     overhead, cost = median(one["added_ms"] for one in added), median(shares)
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "cost": cost,
             "spread": spread(shares),
             "target": COST,
-            "what": "JSON log, metrics, keys: server's processor time a request, more than without them",
+            "what": "JSON log and metrics: server's processor time a request, more than without them",
             "per_s": {side: fmean(values) for side, values in rates.items()},
         },
         "rounds": added,
@@ -127,17 +128,15 @@ def load(served: Served, requests: int) -> tuple[float, float]:
 
 
 @contextmanager
-def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str | None]]:
+def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str]]:
     """URL, process id and key of a server in a process of its own. ``plain``: the application without its observers."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        key = None
+        keys = place / "keys.json"
+        key = KeyFile(keys).make("bench", ["infer"])[1]
         if plain:
-            command = [sys.executable, "-m", "benchmarks.classify_overhead", str(bundle)]
+            command = [sys.executable, "-m", "benchmarks.classify_overhead", str(bundle), str(keys)]
         else:
-            keys = place / "keys.json"
-            make = [sys.executable, "-m", "slmops", "keys", "make", "bench", "--keys", str(keys), "--json"]
-            key = json.loads(subprocess.run(make, check=True, capture_output=True).stdout)["key"]
             command = [sys.executable, "-m", "slmops", "serve", str(bundle), "--port", "0", "--json"]
             command += ["--log", "json", "--keys", str(keys)]
         with (place / "log").open("wb") as logged:
@@ -150,17 +149,25 @@ def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str
                 child.wait()
 
 
-def serve_plain(bundle: Path) -> None:
-    """The application over the model, with nothing around it that observes."""
-    from slmops.serve.app import create_app
+def serve_plain(bundle: Path, keys: Path) -> None:
+    """The same server without log and metrics: redaction and events belong on the other side too, once it has them."""
+    from slmops.serve.engine import Engine
     from slmops.serve.limits import Limits
+    from slmops.serve.operate import Operated, ServeOptions, operate
+    from slmops.serve.reload import Version
     from slmops.serve.server import bind, run
 
-    app = create_app(resolve_model_folder(bundle), name="plain")
+    def load(source: str) -> tuple[Version, Engine]:
+        folder = resolve_model_folder(Path(source))
+        return Version(source, folder), Engine.open(folder)
+
+    whole = operate(str(bundle), load, ServeOptions("plain", keys))
+    assert isinstance(whole.app, Limits)
+    bare = Operated(Limits(whole.app.app, observers=()), whole.switch, whole.metrics)
     with bind("127.0.0.1", 0) as taken:
-        run(Limits(app, observers=()), taken, on_ready=lambda url: print(json.dumps({"url": url}), flush=True))
+        run(bare, taken, on_ready=lambda url: print(json.dumps({"url": url}), flush=True))
 
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    serve_plain(Path(sys.argv[1]))
+    serve_plain(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from slmops.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from slmops.serve.reload import Version
+    from slmops.serve.watch import Observer
 
 
 def serve(
@@ -72,27 +74,30 @@ def serve(
     if supervise:
         raise typer.Exit(_supervised(host, port))
     from slmops.serve.engine import Engine
-    from slmops.serve.logs import log_as_json
+    from slmops.serve.limits import log_line
+    from slmops.serve.logs import RequestLog, log_as_json
     from slmops.serve.operate import ServeOptions, operate
     from slmops.serve.server import bind, run
     from slmops.serve.tracing import Tracer
-
-    if log_format == "json":
-        log_as_json()
 
     def load(source: str) -> tuple[Version, Engine]:
         version = checked(source, store)
         return version, Engine.open(version.folder, threads=threads, max_waiting=max_waiting)
 
     first = checked(bundle, store)
-    with bind(host, port) as listening:
+    with ExitStack() as stack:
+        listening = stack.enter_context(bind(host, port))
+        request_log: Observer = log_line
+        if log_format == "json":
+            log_as_json()
+            request_log = stack.enter_context(RequestLog())
         opened = Engine.open(first.folder, threads=threads, max_waiting=max_waiting)
         description = opened.description
         model = name or description.name or Path(bundle).resolve().name
         options = ServeOptions(model, keys, int(max_body_mb * 2**20), max_tokens)
         tracer = Tracer.open() if otel else None
         observers = () if tracer is None else (tracer,)
-        app = operate(bundle, load, options, first=(first, opened), observers=observers)
+        app = operate(bundle, load, options, first=(first, opened), observers=observers, request_log=request_log)
 
         def ready(url: str) -> None:
             if as_json:

@@ -114,12 +114,13 @@ def operate(
     *,
     first: tuple[Version, Engine] | None = None,
     observers: Sequence[Observer] = (),
+    request_log: Observer = log_line,
     extend: Callable[[FastAPI, Version], None] = lambda *_: None,
 ) -> Operated:
     """The whole application over what ``source`` names.
 
     ``first``      the version to begin with, opened already
-    ``observers``  are told of every request, beside log and metrics
+    ``observers``  are told of every request, beside ``request_log`` and metrics
     ``extend``     adds paths to each version's application
 
     Raises:
@@ -147,7 +148,7 @@ def operate(
     metrics.now_answers(switch.current.version.label, options.name)
     metrics.at_hand.set_function(lambda: switch.at_hand)
     gate = Access(Operations(switch, metrics), keys)
-    app = Limits(gate, max_body_bytes=options.max_body_bytes, observers=(log_line, metrics, gate.spent, *observers))
+    app = Limits(gate, max_body_bytes=options.max_body_bytes, observers=(request_log, metrics, gate.spent, *observers))
     return Operated(app, switch, metrics)
 
 
