@@ -155,3 +155,33 @@ def memory_bytes_peak() -> float:
         if line.startswith("VmHWM:"):
             return float(line.split()[1]) * 1024
     raise SystemExit("this system does not tell a process's highest memory")
+
+
+def small_classifier(options: argparse.Namespace) -> Path:
+    """The model folder of a student as the demo makes it, int8, after one pass over the sample rows: what it knows is
+    not asked here."""
+    from slmops.artifacts import Variant, drafting
+    from slmops.compress import export_classifier
+    from slmops.pipeline.context import Context
+    from slmops.pipeline.teach import make_student, prepare_data
+    from slmops.recipe import parse_recipe
+    from slmops.store import Store
+
+    raw = {
+        "name": "small-classifier",
+        "task": "classification",
+        "data": {"train": "sample:support", "input": "{text}", "target": "{intent}"},
+        "train": {"epochs": 1},
+    }
+    recipe = parse_recipe(raw)
+    with Store.open(options.store) as store:
+        context = Context(recipe, store, False, log())
+        student = make_student(context, "untaught", prepare_data(context), taught=False)
+        path = (options.store / "small-classifier" / student.digest.removeprefix("sha256:")[:16]).resolve()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with drafting("variant", path) as draft:
+                export_classifier(
+                    student.path, draft, precision="int8", task="classification", name=recipe.name, max_tokens=128
+                )
+    return Variant.open(path).path

@@ -20,16 +20,20 @@ from slmops.cli.compress import EPILOG as COMPRESS_EPILOG
 from slmops.cli.compress import compress
 from slmops.cli.data import data
 from slmops.cli.demo import demo
+from slmops.cli.deploy import deploy
 from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
 from slmops.cli.init import init
+from slmops.cli.keys import keys
 from slmops.cli.run import run
 from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
 from slmops.cli.trace import trace
 from slmops.cli.train import train
+from slmops.cli.validate import EPILOG as VALIDATE_EPILOG
+from slmops.cli.validate import validate
 from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
@@ -74,7 +78,10 @@ app.command(epilog=COMPRESS_EPILOG)(compress)
 app.command(epilog=EVALUATE_EPILOG)(evaluate)
 app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
+app.command(epilog=VALIDATE_EPILOG)(validate)
 app.command()(serve)
+app.add_typer(keys, name="keys")
+app.add_typer(deploy, name="deploy")
 app.command()(chat)
 app.command()(trace)
 app.command()(run)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slmops.errors import MissingExtraError
+from slmops.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from slmops.serve.reload import Version
+    from slmops.serve.watch import Observer
 
 
 def serve(
@@ -31,34 +37,115 @@ def serve(
     store: Annotated[
         Path, typer.Option(envvar="SLMOPS_STORE", help="Where a published model is kept once it is converted.")
     ] = Path(".slmops"),
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SLMOPS_KEYS", help="Ask for keys; the file is made by slmops keys.", show_default="no key is asked"
+        ),
+    ] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Larger bodies are refused.")] = 4.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="New tokens of one answer at most.", show_default="the model's context")
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests running or waiting; the next one is told to come again (429).")
+    ] = 64,
+    drain_s: Annotated[
+        int, typer.Option("--drain", min=0, help="Seconds that answers may go on for after SIGTERM.")
+    ] = 30,
+    log_format: Annotated[str, typer.Option("--log", help="text, or json: one object a request.")] = "text",
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start it again when it dies; callers wait meanwhile.")
+    ] = False,
+    otel: Annotated[
+        bool, typer.Option("--otel", help="Send traces to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra otel).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
-    """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first."""
-    if any(find_spec(library) is None for library in ("fastapi", "uvicorn")):
-        raise MissingExtraError("slmops serve", "serve")
-    from slmops.package import check_digests, resolve_model_folder
-    from slmops.runtime.description import ModelDescription
-    from slmops.serve.app import create_app
-    from slmops.serve.engine import Engine
-    from slmops.serve.server import bind, run
+    """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first.
 
-    path = _published(bundle, store) if bundle.startswith(("pypi:", "hf:")) else Path(bundle)
-    folder = resolve_model_folder(path)
-    digest = check_digests(path)
-    description = ModelDescription.read(folder)
-    model = name or description.name or path.resolve().name
-    with bind(host, port) as listening:
-        app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads))
+    SIGHUP, or POST /admin/reload with a key for it, goes over to the version that BUNDLE leads to by then, without a
+    failed request; SIGTERM finishes the answers at hand. Metrics for Prometheus are at /metrics.
+    """
+    if any(find_spec(library) is None for library in ("fastapi", "uvicorn", "prometheus_client")):
+        raise MissingExtraError("slmops serve", "serve")
+    if log_format not in ("text", "json"):
+        raise UsageError(f"--log is {log_format!r}.", remedy="Choose text or json.")
+    if supervise:
+        raise typer.Exit(_supervised(host, port))
+    from slmops.serve.engine import Engine
+    from slmops.serve.limits import log_line
+    from slmops.serve.logs import RequestLog, log_as_json
+    from slmops.serve.operate import ServeOptions, operate
+    from slmops.serve.server import bind, run
+    from slmops.serve.tracing import Tracer
+
+    def load(source: str) -> tuple[Version, Engine]:
+        version = checked(source, store)
+        return version, Engine.open(version.folder, threads=threads, max_waiting=max_waiting)
+
+    first = checked(bundle, store)
+    with ExitStack() as stack:
+        listening = stack.enter_context(bind(host, port))
+        request_log: Observer = log_line
+        if log_format == "json":
+            log_as_json()
+            request_log = stack.enter_context(RequestLog())
+        opened = Engine.open(first.folder, threads=threads, max_waiting=max_waiting)
+        description = opened.description
+        model = name or description.name or Path(bundle).resolve().name
+        options = ServeOptions(model, keys, int(max_body_mb * 2**20), max_tokens)
+        tracer = Tracer.open() if otel else None
+        observers = () if tracer is None else (tracer,)
+        app = operate(bundle, load, options, first=(first, opened), observers=observers, request_log=request_log)
 
         def ready(url: str) -> None:
             if as_json:
-                typer.echo(json.dumps({"url": url, "model": model, "form": description.form, "digest": digest}))
+                told = {"url": url, "model": model, "form": description.form, "digest": first.digest or None}
+                typer.echo(json.dumps(told))
                 return
             typer.echo(
-                f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n  {example(url, model, description.form)}\n"
+                f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n"
+                f"  {example(url, model, description.form, with_key=keys is not None)}\n"
             )
+            if keys is None and not is_loopback(host):
+                typer.echo("Whoever reaches this machine can ask it: no key is asked for (--keys).", err=True)
 
-        run(app, listening, on_ready=ready)
+        try:
+            run(app, listening, on_ready=ready, drain_s=drain_s)
+        finally:
+            if tracer is not None:
+                tracer.close()
+
+
+def _supervised(host: str, port: int) -> int:
+    """The same command again as a child, without the supervision."""
+    from slmops.serve.server import bind
+    from slmops.serve.supervise import supervise
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--supervise"]
+    with bind(host, port) as listening:
+        return supervise([sys.executable, "-m", "slmops", *arguments], listening)
+
+
+def checked(source: str, store: Path) -> Version:
+    """What ``source`` leads to now, compared with its digests. A link is followed here: it may be turned to another
+    version while this one answers.
+
+    Raises:
+        SlmopsError: nothing that can be served, or bytes that have changed.
+    """
+    from slmops.package import check_digests, resolve_model_folder
+    from slmops.serve.reload import Version
+
+    path = _published(source, store) if source.startswith(("pypi:", "hf:")) else Path(source)
+    real = path.resolve() if path.exists() else path
+    return Version(source, resolve_model_folder(real), check_digests(real) or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _published(source: str, store: Path) -> Path:
@@ -74,11 +161,12 @@ def _published(source: str, store: Path) -> Path:
         return base_variant(source, opened, progress=progress).path
 
 
-def example(url: str, model: str, form: str) -> str:
+def example(url: str, model: str, form: str, *, with_key: bool = False) -> str:
     """One line for a terminal that gets an answer."""
     question = "Where is my card?"
     path, body = "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": question}]}
     if form == "classifier":
         path, body = "/v1/classify", {"input": question}
     quoted = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
-    return f"curl {url}{path} -H 'Content-Type: application/json' -d '{quoted}'"
+    key = '-H "Authorization: Bearer $SLMOPS_KEY" ' if with_key else ""
+    return f"curl {url}{path} {key}-H 'Content-Type: application/json' -d '{quoted}'"

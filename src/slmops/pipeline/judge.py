@@ -6,7 +6,7 @@ Nothing is trained and nothing is kept: the rows are the store's, the answers ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,19 @@ def check_metrics(context: Context, rows: Sequence[Row]) -> None:
                 f"gates.metrics names {name}, which nothing measures on these {len(shown)} rows.",
                 remedy=f"Known here: {', '.join(known)}; more by evaluate.metrics.",
             )
+
+
+def rows_to_ask(recipe: Recipe, store: Store, *, offline: bool = False, progress: ProgressSink = ignore) -> list[Row]:
+    """The recipe's test rows with targets, each with the conversation that a model is shown for it.
+
+    Raises:
+        DataError: no test rows with targets.
+    """
+    context = Context(recipe, store, offline, progress)
+    rows = context.test_rows(prepare_data(context))
+    if not rows:
+        raise DataError("The test split has no row with a target.", remedy="Give data.test, or more rows.")
+    return rows if recipe.closed else [replace(row, messages=context.student_messages(row)) for row in rows]
 
 
 def model_folder(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """The application: OpenAI's paths over one model folder.
 
 ========================== ==========================================================================================
-``GET /health``            alive; and ready, or 503 once it is closing
+``GET /health``            alive; and ready, or 503 once it is closing; ``/health/live`` and ``/health/ready`` alone
 ``GET /v1/models``         the one model; ``GET /v1/models/{name}`` alike
 ``POST /v1/chat/completions``  a conversation to an answer, whole or streamed; a classifier answers with the label
 ``POST /v1/completions``   plain text to its continuation; a classifier answers with the label
@@ -10,7 +10,8 @@
 
 Guarantees: the event loop never waits for the model; every failure is in OpenAI's form; a parameter that would have no
 effect is refused by name; nothing that a caller wrote is logged or kept.
-Not covered: authentication (bind to loopback, or put a proxy in front), tools, constrained output, log-probabilities.
+Not covered: keys, metrics and reloading (:mod:`slmops.serve.operate` stands around this), tools, constrained output,
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ from slmops.serve.service import Service
 
 
 def create_app(
-    model_folder: Path, *, name: str, engine: Engine | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    model_folder: Path,
+    *,
+    name: str,
+    engine: Engine | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_new_tokens: int | None = None,
 ) -> FastAPI:
     """The application for the model in ``model_folder``, called ``name`` by its callers. The model is loaded here, so
     that a server which listens can answer; ``engine`` gives one that is loaded already.
@@ -54,7 +60,7 @@ def create_app(
     app = FastAPI(title=f"slmops: {name}", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Limits, max_body_bytes=max_body_bytes)
     _answer_errors(app)
-    _add_paths(app, Service(engine, name))
+    _add_paths(app, Service(engine, name, max_new_tokens=max_new_tokens))
     return app
 
 
@@ -84,6 +90,14 @@ def _answer_errors(app: FastAPI) -> None:
 def _add_paths(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
+        return service.health()
+
+    @app.get("/health/live")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
         return service.health()
 
     @app.get("/v1/models")

@@ -21,6 +21,7 @@ from slmops.errors import ServeError
 from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import Classifier, Delta, GenerationRequest, Generator, Probabilities
 from slmops.runtime.description import ModelDescription
+from slmops.serve.watch import watching
 
 T = TypeVar("T")
 MAX_WAITING = 64
@@ -111,7 +112,9 @@ class Engine:
             tokens = sum(model.count_tokens(text) for text in texts) if isinstance(model, CountsTokens) else 0
             return model.probabilities(texts), tokens
 
-        return await self.call(work)
+        probabilities, tokens = await self.call(work)
+        watching().prompt_tokens += tokens
+        return probabilities, tokens
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the model's thread. When the caller is cancelled, work that still waits is dropped.
@@ -122,7 +125,7 @@ class Engine:
         self._enter()
         started = time.perf_counter()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, watching().begun(work))
         finally:
             self._leave(started)
 
@@ -154,11 +157,13 @@ class Engine:
             finally:
                 put(None)
 
-        future = loop.run_in_executor(self._worker, work)
+        watch = watching()
+        future = loop.run_in_executor(self._worker, watch.begun(work))
         try:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
+                watch.piece(piece)
                 yield piece
         finally:
             gone.set()

@@ -23,6 +23,7 @@ from slmops.serve.answers import Envelope, Kind, event, usage
 from slmops.serve.engine import ContinuesText, Engine, KnowsContext
 from slmops.serve.errors import ApiError, from_error, unsupported
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampling
+from slmops.serve.watch import watching
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,9 +35,10 @@ TOP_LABELS = 5
 class Service:
     """What the paths do."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Engine, name: str, *, max_new_tokens: int | None = None) -> None:
         self.engine = engine
         self.name = name
+        self.max_new_tokens = max_new_tokens
         self.created = int(time.time())
 
     def health(self) -> Response:
@@ -55,7 +57,9 @@ class Service:
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a caller's ``model`` names; None where it names none. Raises as :meth:`check_model`."""
         self.check_model(model)
-        return None if model is None or model == self.name else model.removeprefix(f"{self.name}:")
+        adapter = None if model is None or model == self.name else model.removeprefix(f"{self.name}:")
+        watching().adapter = self.engine.description.adapter_of(adapter)
+        return adapter
 
     def check_model(self, model: str | None) -> None:
         """Raises :class:`ApiError` for a name that is not in :meth:`models`."""
@@ -86,7 +90,7 @@ class Service:
             return await self._labels("chat", body, users[-1:])
         messages = self.engine.description.conversation(body.conversation)
         adapter = self.adapter_of(body.model)
-        wanted = GenerationRequest(messages, adapter=adapter, **_sampling(body, body.token_limit))
+        wanted = GenerationRequest(messages, adapter=adapter, **self._sampling(body, body.token_limit))
         model = self.engine.generator
 
         def start() -> Iterator[Delta]:
@@ -106,7 +110,7 @@ class Service:
         if not isinstance(model, ContinuesText):
             raise unsupported("prompt", "This model's engine knows conversations alone. Ask /v1/chat/completions.")
         adapter = self.adapter_of(body.model)
-        wanted = GenerationRequest((), adapter=adapter, **_sampling(body, body.max_tokens))
+        wanted = GenerationRequest((), adapter=adapter, **self._sampling(body, body.max_tokens))
 
         def start(prompt: str) -> Iterator[Delta]:
             ids = model.encode_text(prompt)
@@ -155,6 +159,21 @@ class Service:
             pieces = [delta async for delta in deltas]
         return "".join(piece.text for piece in pieces), pieces[-1]
 
+    def _sampling(self, body: Sampling, max_tokens: int | None) -> dict[str, Any]:
+        cap = self.max_new_tokens
+        if cap is not None and (max_tokens or 0) > cap:
+            raise ApiError(
+                400, f"This server writes at most {cap} tokens; {max_tokens} were asked for.", param="max_tokens",
+                code="max_tokens_exceeded",
+            )  # fmt: skip
+        return {
+            "max_tokens": max_tokens or min(DEFAULT_MAX_TOKENS, cap or DEFAULT_MAX_TOKENS),
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "seed": body.seed,
+            "stop": body.stops,
+        }
+
     def _envelope(self, kind: Kind) -> Envelope:
         return Envelope(kind, self.name, unique=uuid.uuid4().hex, created=int(time.time()))
 
@@ -165,16 +184,6 @@ def ranking(labels: tuple[str, ...], row: Probabilities) -> dict[str, Any]:
     top = {labels[index]: round(float(row[index]), 6) for index in best}
     label = labels[best[0]]
     return {"label": label, "confidence": top[label], "probabilities": top}
-
-
-def _sampling(body: Sampling, max_tokens: int | None) -> dict[str, Any]:
-    return {
-        "max_tokens": max_tokens or DEFAULT_MAX_TOKENS,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "seed": body.seed,
-        "stop": body.stops,
-    }
 
 
 def check_room(prompt_tokens: int, max_tokens: int, context_tokens: int, param: str) -> None:
