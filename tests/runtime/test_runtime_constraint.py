@@ -18,7 +18,7 @@ from slmops.compress.gguf_export import export_gguf
 from slmops.compress.openvino_export import export_openvino
 from slmops.runtime import Constraint, Delta, GenerationRequest, Generator, abilities_of, open_generator
 from slmops.runtime.constraint import ConstraintError, Masks, check_constraint
-from slmops.runtime.watch import top_tokens
+from slmops.runtime.guide import top_tokens
 
 ABOUT: dict[str, Any] = {"task": "conversation", "name": "tiny", "max_tokens": 256, "system": None}
 ASKED = (Message("user", "where is my card?"),)

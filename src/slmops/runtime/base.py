@@ -33,7 +33,7 @@ class Constraint:
     ``kind``    ``json_schema``, or ``grammar``: Lark as llguidance reads it, with rules ``%json {...}``
     ``source``  the schema as JSON text, or the grammar
     ``tags``    of a grammar: texts that it calls ``tag0``, ``tag1``, ...; each is a token of its own where the
-                tokenizer has one
+                tokenizer has one. ``until0`` is any text up to the first ``tag0``, and ``TEXT`` any text
     """
 
     kind: Literal["json_schema", "grammar"]

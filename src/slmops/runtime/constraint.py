@@ -127,11 +127,12 @@ def _grammar(constraint: Constraint, special: frozenset[str]) -> str:
     matcher = _llguidance().LLMatcher
     if constraint.kind == "json_schema":
         return str(matcher.grammar_from_json_schema(constraint.source, overrides={"whitespace_pattern": WHITESPACE}))
-    tags = [
-        f"tag{index}: {tag if tag in special else json.dumps(tag, ensure_ascii=False)}"
-        for index, tag in enumerate(constraint.tags)
-    ]
-    return str(matcher.grammar_from_lark("\n".join((constraint.source, *tags))))
+    rules = [constraint.source, "TEXT: /(.|\\n)*/"]
+    for index, tag in enumerate(constraint.tags):
+        written = tag if tag in special else json.dumps(tag, ensure_ascii=False)
+        lazy = "" if tag in special else "[lazy]"
+        rules += [f"tag{index}: {written}", f"until{index}{lazy}: TEXT {written}"]
+    return str(matcher.grammar_from_lark("\n".join(rules)))
 
 
 def _limits() -> Any:

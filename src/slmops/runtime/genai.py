@@ -33,9 +33,9 @@ from slmops.runtime.base import (
 )
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDescription
+from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.sampling import log_likelihood
 from slmops.runtime.stops import StopScanner
-from slmops.runtime.watch import Watch, masked, watch_of
 
 CONFIG_FILE = "genai_config.json"
 STATES = "hidden_states"
@@ -112,7 +112,7 @@ class GenaiGenerator:
         """
         prompts = [self._chat.encode_prompt(request.messages, request.tools) for request in requests]
         batches: list[list[int]] = []
-        alone = [row for row, request in enumerate(requests) if request.temperature > 0 or _is_watched(request)]
+        alone = [row for row, request in enumerate(requests) if request.temperature > 0 or _is_guided(request)]
         wanted = [self.description.adapter_of(request.adapter) for request in requests]
         for adapter in dict.fromkeys(wanted):  # one generator has one adapter
             sizes = {
@@ -140,7 +140,7 @@ class GenaiGenerator:
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
         generator, (answer,) = self._start([prompt], [request])
-        return _stream(generator, answer, watch_of(request, self._chat, self._masks_of))
+        return _stream(generator, answer, guide_of(request, self._chat, self._masks_of))
 
     def embed(self, texts: Sequence[str]) -> tuple[States, int]:
         """The mean of the last hidden state over each text's tokens, ``[len(texts), width]`` float32, and the tokens
@@ -184,7 +184,7 @@ class GenaiGenerator:
         self._adapters = self._model = self._own_tokenizer = None
 
     def _answers(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[Generation]:
-        if len(requests) == 1 and _is_watched(requests[0]):
+        if len(requests) == 1 and _is_guided(requests[0]):
             *pieces, last = self.stream_ids(prompts[0], requests[0])
             whole = "".join(piece.text for piece in (*pieces, last))
             return [Generation(whole, last.finish_reason or "length", last.prompt_tokens, last.completion_tokens)]
@@ -356,33 +356,33 @@ def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) ->
     return batches
 
 
-def _stream(generator: Any, answer: _Answer, watch: Watch | None) -> Iterator[Delta]:
+def _stream(generator: Any, answer: _Answer, guide: Guide | None) -> Iterator[Delta]:
     while not answer.finish_reason and not generator.is_done():
-        if watch:
-            _show(generator, watch)
+        if guide:
+            _show(generator, guide)
         generator.generate_next_token()
         token = int(generator.get_next_tokens()[0])
         text = answer.push(token)
-        if watch:
-            watch.took(token, ends=answer.ends(token))
-            if watch.finished and not answer.finish_reason:
+        if guide:
+            guide.took(token, ends=answer.ends(token))
+            if guide.finished and not answer.finish_reason:
                 answer.finish_reason = "stop"
         if text:
-            yield Delta(text, tokens=watch.flush() if watch else ())
+            yield Delta(text, tokens=guide.flush() if guide else ())
     rest = answer.finish()
-    tokens = watch.flush() if watch else ()
+    tokens = guide.flush() if guide else ()
     yield Delta(rest, answer.finish_reason or "length", answer.prompt_tokens, answer.tokens, tokens)
 
 
-def _show(generator: Any, watch: Watch) -> None:
-    """Show the watch the logits of the next token, and take from the engine what may not come."""
+def _show(generator: Any, guide: Guide) -> None:
+    """Show the guide the logits of the next token, and take from the engine what may not come."""
     logits = generator.get_logits()  # [1, 1, vocabulary]
-    allowed = watch.see(logits.reshape(-1))
+    allowed = guide.see(logits.reshape(-1))
     if allowed is not None:
         generator.set_logits(masked(logits.reshape(-1), allowed).reshape(logits.shape))
 
 
-def _is_watched(request: GenerationRequest) -> bool:
+def _is_guided(request: GenerationRequest) -> bool:
     return request.constraint is not None or request.top_logprobs is not None
 
 

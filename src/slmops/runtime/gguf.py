@@ -35,8 +35,8 @@ from slmops.runtime.answer import Answer
 from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, TextScore
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
+from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.sampling import draw, log_softmax
-from slmops.runtime.watch import Watch, masked, watch_of
 
 GGUF_NAME = "model.gguf"
 TOKENIZE_TIMEOUT_S = 60.0
@@ -120,8 +120,8 @@ class GgufGenerator:
             answer = self._answer(self._chat.encode_prompt(request.messages, request.tools), request)
             logprob = 0.0
             text = []
-            watch = watch_of(request, self._chat, self._masks_of)
-            tokens = self._all_tokens(answer, request) if watch is None else self._watched(answer, request, watch)
+            guide = guide_of(request, self._chat, self._masks_of)
+            tokens = self._all_tokens(answer, request) if guide is None else self._guided(answer, request, guide)
             for token, its_logprob in tokens:
                 logprob += its_logprob
                 text.append(answer.push(token))
@@ -199,41 +199,41 @@ class GgufGenerator:
         yield from self._tokens(ids, last - len(ids), request)
 
     def _stream(self, answer: Answer, request: GenerationRequest) -> Iterator[Delta]:
-        watch = watch_of(request, self._chat, self._masks_of)
-        if watch is None:
+        guide = guide_of(request, self._chat, self._masks_of)
+        if guide is None:
             tokens = self._tokens(answer.prompt, answer.max_tokens, request)
         else:
-            tokens = self._watched(answer, request, watch)
+            tokens = self._guided(answer, request, guide)
         for token, _ in tokens:
             text = answer.push(token)
             if text:
-                yield Delta(text, tokens=watch.flush() if watch else ())
+                yield Delta(text, tokens=guide.flush() if guide else ())
             if answer.finish_reason:
                 break
         rest = answer.finish()
-        told = watch.flush() if watch else ()
+        told = guide.flush() if guide else ()
         yield Delta(rest, answer.finish_reason or "length", len(answer.prompt), answer.tokens, told)
 
-    def _watched(self, answer: Answer, request: GenerationRequest, watch: Watch) -> Iterator[tuple[int, float]]:
-        """As :meth:`_tokens`, with each position shown to ``watch``."""
+    def _guided(self, answer: Answer, request: GenerationRequest, guide: Guide) -> Iterator[tuple[int, float]]:
+        """As :meth:`_tokens`, with each position shown to ``guide``."""
         random = np.random.default_rng(request.seed)
         ids = list(answer.prompt)
         for _ in range(answer.max_tokens):
-            token, logprob = self._watched_token(ids, request, watch, random)
-            watch.took(token, ends=token in self._end_ids)
+            token, logprob = self._guided_token(ids, request, guide, random)
+            guide.took(token, ends=token in self._end_ids)
             yield token, logprob
-            if watch.finished:
+            if guide.finished:
                 answer.end()
                 return
             ids.append(token)
 
-    def _watched_token(
-        self, ids: list[int], request: GenerationRequest, watch: Watch, random: np.random.Generator
+    def _guided_token(
+        self, ids: list[int], request: GenerationRequest, guide: Guide, random: np.random.Generator
     ) -> tuple[int, float]:
         greedy = request.temperature <= 0
         for few in (True, False) if greedy else (False,):
             told = self._likeliest(ids) if few else self._distribution(ids)
-            allowed = watch.see(told)
+            allowed = guide.see(told)
             logprobs = told if allowed is None else log_softmax(masked(told, allowed))
             token = int(np.argmax(logprobs)) if greedy else draw(logprobs, request.temperature, request.top_p, random)
             if not few or told[token] > told.min():  # one of those that were told, and not of the rest

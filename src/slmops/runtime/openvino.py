@@ -25,8 +25,8 @@ from slmops.runtime.answer import Answer
 from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, TextScore
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
+from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.sampling import draw, log_likelihood, log_softmax
-from slmops.runtime.watch import Watch, masked, watch_of
 
 GRAPH_NAME = "openvino_model.xml"
 WEIGHTS_NAME = "openvino_model.bin"
@@ -104,9 +104,9 @@ class OpenvinoGenerator:
         answers = []
         for request in requests:
             answer = self._answer(self._chat.encode_prompt(request.messages, request.tools), request)
-            watch = watch_of(request, self._chat, self._masks_of)
+            guide = guide_of(request, self._chat, self._masks_of)
             logprob, text = 0.0, []
-            for token, its_logprob in self._tokens(answer, request, watch):
+            for token, its_logprob in self._tokens(answer, request, guide):
                 logprob += its_logprob
                 text.append(answer.push(token))
                 if answer.finish_reason:
@@ -162,34 +162,34 @@ class OpenvinoGenerator:
         return self._masks
 
     def _stream(self, answer: Answer, request: GenerationRequest) -> Iterator[Delta]:
-        watch = watch_of(request, self._chat, self._masks_of)
-        for token, _ in self._tokens(answer, request, watch):
+        guide = guide_of(request, self._chat, self._masks_of)
+        for token, _ in self._tokens(answer, request, guide):
             text = answer.push(token)
             if text:
-                yield Delta(text, tokens=watch.flush() if watch else ())
+                yield Delta(text, tokens=guide.flush() if guide else ())
             if answer.finish_reason:
                 break
         rest = answer.finish()
-        tokens = watch.flush() if watch else ()
+        tokens = guide.flush() if guide else ()
         yield Delta(rest, answer.finish_reason or "length", len(answer.prompt), answer.tokens, tokens)
 
-    def _tokens(self, answer: Answer, request: GenerationRequest, watch: Watch | None) -> Iterator[tuple[int, float]]:
+    def _tokens(self, answer: Answer, request: GenerationRequest, guide: Guide | None) -> Iterator[tuple[int, float]]:
         random = np.random.default_rng(request.seed)
         ids, seen = answer.prompt, 0
         self._request.reset_state()
         for _ in range(answer.max_tokens):
             logits = self._forward(ids, seen)[-1]
             seen += len(ids)
-            allowed = watch.see(logits) if watch else None
+            allowed = guide.see(logits) if guide else None
             logprobs = log_softmax(logits if allowed is None else masked(logits, allowed))
             if request.temperature <= 0:
                 token = int(np.argmax(logprobs))
             else:
                 token = draw(logprobs, request.temperature, request.top_p, random)
-            if watch:
-                watch.took(token, ends=token in self._end_ids)
+            if guide:
+                guide.took(token, ends=token in self._end_ids)
             yield token, float(logprobs[token])
-            if watch and watch.finished:
+            if guide and guide.finished:
                 answer.end()
                 return
             ids = [token]

@@ -17,7 +17,7 @@ from slmops.runtime.constraint import FORBIDDEN, Masks, TokenMask
 from slmops.runtime.sampling import log_softmax
 
 
-class Watch:
+class Guide:
     """One answer's. ``masks``: the model's vocabulary for constraints, made when it is needed first."""
 
     def __init__(self, request: GenerationRequest, chat: ChatTokenizer, masks: Callable[[int], Masks]) -> None:
@@ -67,11 +67,11 @@ class Watch:
         return TokenLogprob(data.decode("utf-8", "replace"), data, logprob, top)
 
 
-def watch_of(request: GenerationRequest, chat: ChatTokenizer, masks: Callable[[int], Masks]) -> Watch | None:
-    """A watch where the request needs one."""
+def guide_of(request: GenerationRequest, chat: ChatTokenizer, masks: Callable[[int], Masks]) -> Guide | None:
+    """A guide where the request needs one."""
     if request.constraint is None and request.top_logprobs is None:
         return None
-    return Watch(request, chat, masks)
+    return Guide(request, chat, masks)
 
 
 def top_tokens(logprobs: NDArray[np.float32], count: int) -> list[int]:
