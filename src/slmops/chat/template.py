@@ -44,6 +44,9 @@ DEFAULT_OPTIONS: Mapping[str, Any] = {"enable_thinking": False}
 _PROBE = "\ue000probe\ue001"
 """Private-use characters: no template looks for them, none trims them."""
 
+_NAME = "qzprobezq"
+"""A function's name: one that is written the same in JSON and in Python."""
+
 _QUESTION = Message("user", "x")
 _ToolsWay = Literal["variable", "system"]
 """Functions are a variable of the template, or a field of the system message."""
@@ -92,13 +95,14 @@ class ChatTemplate:
     @cached_property
     def _tells_tools(self) -> _ToolsWay | None:
         """Where the template tells of functions, if it does."""
-        tool = {"type": "function", "function": {"name": _PROBE, "description": "x", "parameters": {"type": "object"}}}
+        tool = {"type": "function", "function": {"name": _NAME, "description": "x", "parameters": {"type": "object"}}}
         ways: tuple[_ToolsWay, ...] = ("variable", "system")
-        return next((way for way in ways if self._shows((_QUESTION,), [tool], way)), None)
+        return next((way for way in ways if self._shows(_NAME, (_QUESTION,), [tool], way)), None)
 
     @cached_property
     def _loses_calls(self) -> bool:
-        return not self._shows((_QUESTION, Message("assistant", "", tool_calls=(ToolCall("abcdefghi", _PROBE, "{}"),))))
+        call = Message("assistant", "", tool_calls=(ToolCall("abcdefghi", _NAME, "{}"),))
+        return not self._shows(_NAME, (_QUESTION, call))
 
     @cached_property
     def _loses_results(self) -> bool:
@@ -106,11 +110,11 @@ class ChatTemplate:
         turns: tuple[Message, ...] = (call,)
         if self._loses_calls:
             turns = written_calls(turns, self.tool_format)
-        return not self._shows((_QUESTION, *turns, Message("tool", _PROBE, tool_call_id="abcdefghi", name="x")))
+        return not self._shows(_PROBE, (_QUESTION, *turns, Message("tool", _PROBE, tool_call_id="abcdefghi", name="x")))
 
-    def _shows(self, messages: Sequence[Message], tools: Tools = (), way: _ToolsWay = "variable") -> bool:
+    def _shows(self, probe: str, messages: Sequence[Message], tools: Tools = (), way: _ToolsWay = "variable") -> bool:
         try:
-            return _PROBE in self._render(messages, True, tools, way)
+            return probe in self._render(messages, True, tools, way)
         except ModelError:
             return False
 
@@ -121,7 +125,7 @@ class ChatTemplate:
             self._render((_QUESTION,), True)
         except ModelError:
             return False  # It fails on any conversation: its own words must reach the user.
-        return not self._shows((Message("system", _PROBE), _QUESTION))
+        return not self._shows(_PROBE, (Message("system", _PROBE), _QUESTION))
 
     def _render(
         self,
