@@ -17,7 +17,7 @@ from slmops.chat import ChatTokenizer
 from slmops.compress.gguf_export import export_gguf
 from slmops.compress.openvino_export import export_openvino
 from slmops.runtime import Constraint, Delta, GenerationRequest, Generator, abilities_of, open_generator
-from slmops.runtime.constraint import ConstraintError, Masks, check_constraint
+from slmops.runtime.constraint import ConstraintError, Masks, TokenMask, check_constraint
 from slmops.runtime.guide import top_tokens
 
 ABOUT: dict[str, Any] = {"task": "conversation", "name": "tiny", "max_tokens": 256, "system": None}
@@ -155,10 +155,15 @@ def test_no_json_and_no_grammar(checkpoint: Path) -> None:
         masks.start(Constraint("grammar", "start: nothing"))
     wide = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}}
     mask = masks.start(Constraint("json_schema", json.dumps(wide)))
+    tokens = ChatTokenizer.load(checkpoint).encode('{"p7')
     with pytest.raises(ConstraintError, match="max is"):
-        for token in ChatTokenizer.load(checkpoint).encode('{"p7'):
-            assert mask.allowed()[token]
-            mask.push(token)
+        _follow(mask, tokens)
+
+
+def _follow(mask: TokenMask, tokens: list[int]) -> None:
+    for token in tokens:
+        assert mask.allowed()[token]
+        mask.push(token)
 
 
 def test_the_likeliest_tokens_best_first() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer, ToolFormat
+from slmops.errors import ContextLengthError
 from slmops.runtime import Constraint
 from slmops.serve.errors import ApiError
 from slmops.serve.responses import NamedResponseTool
@@ -110,8 +112,11 @@ def _control_text(token: str, where: str, param: str) -> ApiError:
     )
 
 
-def check_room(prompt_tokens: int, max_tokens: int, context_tokens: int, param: str) -> None:
-    """Refuse an answer that was asked for at a length for which there is no room.
+def check_room(
+    prompt_tokens: int, max_tokens: int, context_tokens: int, param: str, limit_param: str = "max_tokens"
+) -> None:
+    """Refuse an answer that was asked for at a length for which there is no room. ``param``: where the prompt stood,
+    ``limit_param``: where its length did.
 
     Raises:
         ApiError: with the numbers, and the parameter to change.
@@ -121,6 +126,19 @@ def check_room(prompt_tokens: int, max_tokens: int, context_tokens: int, param: 
             400,
             f"The model's context holds {context_tokens} tokens; {prompt_tokens + max_tokens} were asked for: "
             f"{prompt_tokens} in the {param} and {max_tokens} to be written.",
-            param="max_tokens" if prompt_tokens < context_tokens else param,
+            param=limit_param if prompt_tokens < context_tokens else param,
             code="context_length_exceeded",
         )
+
+
+@contextmanager
+def room_for(param: str) -> Iterator[None]:
+    """A text that does not fit in the context is the fault of ``param``.
+
+    Raises:
+        ApiError: in place of :class:`ContextLengthError`.
+    """
+    try:
+        yield
+    except ContextLengthError as error:
+        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None

@@ -47,6 +47,7 @@ REASONS: Mapping[str, str] = {
     "background": "An answer comes with its own request.",
     "functions": "Send them as tools.",
     "function_call": "Send it as tool_choice.",
+    "json_schema": "A schema goes into response_format.",
     "schema": 'A schema is wrapped: {"type": "json_schema", "json_schema": {"name": "...", "schema": {...}}}.',
     "dimensions": "Vectors have the width of the model.",
 }
@@ -87,7 +88,8 @@ def _is_field(part: str) -> bool:
 
 def from_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The most telling of pydantic's problems with a body, in a sentence with the field's name and value."""
-    problem = max(problems, key=lambda problem: len(problem["loc"]))  # the alternative that came furthest
+    # The alternative that came furthest; a wrong kind of thing tells more than what such a thing would need.
+    problem = max(problems, key=lambda problem: (len(problem["loc"]), problem["type"] != "missing"))
     # Alternatives of a union appear in the location under the names of their types: they are no part of the path.
     path = [part for part in problem["loc"][1:] if isinstance(part, int) or _is_field(part)]
     if problem["type"] == OF_A_FIELD:

@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from slmops.artifacts import Message
 from slmops.runtime import Ability, Delta, Embeds, GenerationRequest, Probabilities, abilities_of
 from slmops.serve.answers import Envelope, Kind, PlainJSON, usage_of
-from slmops.serve.conversation import Wish, as_told, check_controls, check_room, choice_of, constraint_of
+from slmops.serve.conversation import Wish, as_told, check_controls, check_room, choice_of, constraint_of, room_for
 from slmops.serve.embeddings import embeddings_body
 from slmops.serve.engine import ContinuesText, Engine, KnowsContext
 from slmops.serve.errors import ApiError, unsupported
@@ -84,7 +84,8 @@ class Service:
         if not isinstance(model, Embeds):
             raise _no_states(self.name)
         try:
-            states, tokens = await self.engine.call(lambda: model.embed(body.texts))
+            with room_for("input"):
+                states, tokens = await self.engine.call(lambda: model.embed(body.texts))
         except NotImplementedError:
             raise _no_states(self.name) from None
         return PlainJSON(embeddings_body(states, tokens, self.name, body.encoding_format))
@@ -125,7 +126,8 @@ class Service:
                 raise ApiError(400, "The prompt is empty: there is nothing to go on from.", param="prompt")
             if body.max_tokens is not None and isinstance(model, KnowsContext):
                 check_room(len(ids), body.max_tokens, model.context_tokens, "prompt")
-            return model.stream_ids(ids, wanted)
+            with room_for("prompt"):
+                return model.stream_ids(ids, wanted)
 
         found = [
             pieces(self.engine.stream(partial(start, prompt, one)))
@@ -182,8 +184,10 @@ class Service:
         def start(wanted: GenerationRequest) -> Iterator[Delta]:
             if token_limit is not None and isinstance(model, KnowsContext):
                 prompt_tokens = model.count_tokens(told, wanted.tools)
-                check_room(prompt_tokens, token_limit, model.context_tokens, param)
-            return model.stream(wanted)
+                limit_param = "max_output_tokens" if param == "input" else "max_tokens"
+                check_room(prompt_tokens, token_limit, model.context_tokens, param, limit_param)
+            with room_for(param):
+                return model.stream(wanted)
 
         return [
             pieces(self.engine.stream(partial(start, one)), CallScanner(form, names) if names else None)
