@@ -236,10 +236,19 @@ def answers_with(body: type[BaseModel], *refusals: int, streams: bool = False) -
     """The answers of a path for the schema. A body of its own for 200, and the form of errors for ``refusals``."""
     good: dict[str, Any] = {"model": body, "description": "The answer."}
     if streams:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = {"text/event-stream": {"schema": _EVENT}}
     same = Health if body is Health else Error
     return {200: good, **{status: {"model": same, "description": _WHAT[status]} for status in refusals}}
 
+
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "A chunk of the answer as JSON; or an error; at the end [DONE]."},
+    },
+    "required": ["data"],
+}
 
 _WHAT = {
     400: "The request is not understood, or asks for what this model cannot do.",
