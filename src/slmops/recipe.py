@@ -671,6 +671,9 @@ class CompressConfig(Section):
     formats: tuple[FormatConfig, ...] = Field(
         (), description="variants for other engines: gguf:q4_k_m, openvino:int8 …"
     )
+    embeddings: bool = Field(
+        False, description="open tasks: ONNX graphs also give their hidden states, for /v1/embeddings"
+    )
 
     @field_validator("formats", mode="before")
     @classmethod
@@ -753,6 +756,12 @@ class EvaluateConfig(Section):
     latency_requests: Annotated[int, Field(gt=0)] = 200
     threads: Annotated[int, Field(gt=0)] | None = Field(None, description="null: all cores")
     untaught_baseline: bool = Field(True, description="also train the same student without the teacher")
+    abstain_below: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="closed label sets: the served model tells that it abstains below this confidence"
+    )
+    answered_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="the same by its aim: the share of answered validation rows that must be right"
+    )
     price_per_hour: Annotated[float, Field(ge=0)] = Field(0.10, description="of the machine, for cost per 1,000")
     teacher_price_per_million_tokens: Annotated[float, Field(ge=0)] | None = None
     currency: str = "USD"
@@ -767,6 +776,12 @@ class EvaluateConfig(Section):
         names = [one.name for one in self.benchmarks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluate.benchmarks has two named {twice[0]}: give one of them another name")
+        return self
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> EvaluateConfig:
+        if self.abstain_below is not None and self.answered_accuracy is not None:
+            raise ValueError("abstain_below and answered_accuracy both set the threshold: keep one of them")
         return self
 
 

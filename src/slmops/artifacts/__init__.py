@@ -15,7 +15,7 @@ from slmops.artifacts.kinds import (
     read_jsonl,
 )
 from slmops.artifacts.manifest import MANIFEST_NAME, Manifest
-from slmops.artifacts.rows import ChatRole, Message, Row
+from slmops.artifacts.rows import ChatRole, Message, Row, ToolCall
 
 __all__ = [
     "KINDS",
@@ -33,6 +33,7 @@ __all__ = [
     "Report",
     "Row",
     "Signals",
+    "ToolCall",
     "Variant",
     "drafting",
     "open_artifact",

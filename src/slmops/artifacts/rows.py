@@ -6,20 +6,52 @@ NLI, text for the open tasks. It knows no model and no template.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ChatRole = Literal["system", "user", "assistant"]
+ChatRole = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that an assistant's turn calls. ``arguments``: JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As chat templates read it: with the arguments as an object, where they are one."""
+        try:
+            arguments = json.loads(self.arguments)
+        except ValueError:
+            arguments = self.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
 class Message:
+    """
+    ``tool_calls``    of an assistant: the functions that it called
+    ``tool_call_id``  of a tool's result: the call that it answers
+    ``name``          of a tool's result: the function's
+    """
+
     role: ChatRole
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
-    def to_json(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    def to_json(self) -> dict[str, Any]:
+        raw: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            raw["tool_calls"] = [call.to_json() for call in self.tool_calls]
+        return raw | {
+            key: value for key, value in (("tool_call_id", self.tool_call_id), ("name", self.name)) if value is not None
+        }
 
 
 @dataclass(frozen=True)

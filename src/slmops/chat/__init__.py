@@ -8,6 +8,7 @@ from slmops.chat.files import tokenizer_digest
 from slmops.chat.streaming import StreamDecoder
 from slmops.chat.template import DEFAULT_OPTIONS, TEMPLATE_DATE, ChatTemplate
 from slmops.chat.tokens import ChatTokenizer, EncodedChat
+from slmops.chat.tools import ToolFormat, Tools, read_calls
 
 __all__ = [
     "DEFAULT_OPTIONS",
@@ -16,5 +17,8 @@ __all__ = [
     "ChatTokenizer",
     "EncodedChat",
     "StreamDecoder",
+    "ToolFormat",
+    "Tools",
+    "read_calls",
     "tokenizer_digest",
 ]

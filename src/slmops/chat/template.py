@@ -14,7 +14,10 @@ Differs from transformers on purpose
     ``enable_thinking`` is False unless told otherwise (Qwen 3, SmolLM 3): the models here are taught plain answers,
     and with it the prompt is the exact beginning of the training text.
 
-Not covered: tools, documents, images.
+    Functions, calls of them and their results are told by the template where it tells of them (as ``tools``, as
+    SmolLM 3's ``xml_tools``, or within the system message as Phi-4 does), and otherwise by :mod:`slmops.chat.tools`.
+
+Not covered: documents, images.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from slmops.artifacts import Message
+from slmops.artifacts import Message, ToolCall
+from slmops.chat.tools import ToolFormat, Tools, format_of, results_as_user, with_instruction, written_calls
 from slmops.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -39,6 +43,13 @@ DEFAULT_OPTIONS: Mapping[str, Any] = {"enable_thinking": False}
 
 _PROBE = "\ue000probe\ue001"
 """Private-use characters: no template looks for them, none trims them."""
+
+_NAME = "qzprobezq"
+"""A function's name: one that is written the same in JSON and in Python."""
+
+_QUESTION = Message("user", "x")
+_ToolsWay = Literal["variable", "system"]
+"""Functions are a variable of the template, or a field of the system message."""
 
 
 class ChatTemplate:
@@ -56,8 +67,9 @@ class ChatTemplate:
         self._variables = {**special_tokens, **(DEFAULT_OPTIONS if options is None else options)}
         self._template = _compile(source, date)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text of the conversation; ``add_generation_prompt`` opens the assistant's next turn.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools = ()) -> str:
+        """The text of the conversation; ``add_generation_prompt`` opens the assistant's next turn, ``tools`` are the
+        functions that it may call.
 
         Raises:
             DataError: no messages.
@@ -65,30 +77,74 @@ class ChatTemplate:
         """
         if not messages:
             raise DataError("There is no message to render.", remedy="Give at least one user message.")
+        if any(message.tool_calls for message in messages) and self._loses_calls:
+            messages = written_calls(messages, self.tool_format)
+        if any(message.role == "tool" for message in messages) and self._loses_results:
+            messages = results_as_user(messages)
+        if tools and self._tells_tools is None:
+            messages, tools = with_instruction(messages, tools, self.tool_format), ()
         if self._loses_system and messages[0].role == "system":
             messages = fold_system(messages)
-        return self._render(messages, add_generation_prompt)
+        return self._render(messages, add_generation_prompt, tools, self._tells_tools if tools else None)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of functions."""
+        return format_of(self.source)
+
+    @cached_property
+    def _tells_tools(self) -> _ToolsWay | None:
+        """Where the template tells of functions, if it does."""
+        tool = {"type": "function", "function": {"name": _NAME, "description": "x", "parameters": {"type": "object"}}}
+        ways: tuple[_ToolsWay, ...] = ("variable", "system")
+        return next((way for way in ways if self._shows(_NAME, (_QUESTION,), [tool], way)), None)
+
+    @cached_property
+    def _loses_calls(self) -> bool:
+        call = Message("assistant", "", tool_calls=(ToolCall("abcdefghi", _NAME, "{}"),))
+        return not self._shows(_NAME, (_QUESTION, call))
+
+    @cached_property
+    def _loses_results(self) -> bool:
+        call = Message("assistant", "", tool_calls=(ToolCall("abcdefghi", "x", "{}"),))
+        turns: tuple[Message, ...] = (call,)
+        if self._loses_calls:
+            turns = written_calls(turns, self.tool_format)
+        return not self._shows(_PROBE, (_QUESTION, *turns, Message("tool", _PROBE, tool_call_id="abcdefghi", name="x")))
+
+    def _shows(self, probe: str, messages: Sequence[Message], tools: Tools = (), way: _ToolsWay = "variable") -> bool:
+        try:
+            return probe in self._render(messages, True, tools, way)
+        except ModelError:
+            return False
 
     @cached_property
     def _loses_system(self) -> bool:
         """Whether the template refuses a leading system message, or leaves it out."""
-        question = Message("user", "x")
         try:
-            self._render((question,), True)
+            self._render((_QUESTION,), True)
         except ModelError:
             return False  # It fails on any conversation: its own words must reach the user.
-        try:
-            return _PROBE not in self._render((Message("system", _PROBE), question), True)
-        except ModelError:
-            return True
+        return not self._shows(_PROBE, (Message("system", _PROBE), _QUESTION))
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Tools = (),
+        way: _ToolsWay | None = "variable",
+    ) -> str:
         from jinja2.exceptions import TemplateError
 
+        raw = [message.to_json() for message in messages]
+        listed = [dict(tool) for tool in tools] or None
+        if listed and way == "system":
+            raw, listed = _within_system(raw, listed), None
         try:
             return self._template.render(
-                messages=[message.to_json() for message in messages],
-                tools=None,
+                messages=raw,
+                tools=listed,
+                xml_tools=listed,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -103,6 +159,14 @@ class ChatTemplate:
             f"The model's chat template refuses this conversation ({roles}): {said}",
             remedy="Give turns in the order that the model knows: user and assistant by turns, user first.",
         )
+
+
+def _within_system(raw: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the functions as a field of the system message, as JSON text."""
+    told = {"tools": json.dumps([tool["function"] for tool in tools], ensure_ascii=False)}
+    if raw and raw[0]["role"] == "system":
+        return [{**raw[0], **told}, *raw[1:]]
+    return [{"role": "system", "content": "", **told}, *raw]
 
 
 def fold_system(messages: Sequence[Message]) -> tuple[Message, ...]:

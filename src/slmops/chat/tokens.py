@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,8 @@ from slmops.chat.files import (
 )
 from slmops.chat.streaming import StreamDecoder
 from slmops.chat.template import TEMPLATE_DATE, ChatTemplate
+from slmops.chat.token_bytes import token_bytes
+from slmops.chat.tools import ToolFormat, Tools, format_of
 from slmops.errors import DataError, ModelError, SlmopsError
 
 if TYPE_CHECKING:
@@ -120,8 +122,13 @@ class ChatTokenizer:
     def has_template(self) -> bool:
         return self._template is not None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as the text that is encoded.
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of functions."""
+        return self._template.tool_format if self._template else format_of("")
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools = ()) -> str:
+        """The conversation as the text that is encoded; ``tools``: functions that the assistant may call.
 
         Raises:
             ModelError: the model has no chat template, or the template refuses the conversation.
@@ -132,12 +139,12 @@ class ChatTokenizer:
                 f"{self._name} has no chat template: it was not made to be talked to.",
                 remedy="Choose an instruction-tuned model, or put its chat_template.jinja into the folder.",
             )
-        return _encodable(self._template.render(messages, add_generation_prompt=add_generation_prompt))
+        return _encodable(self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools))
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Ids of the conversation with the assistant's turn opened; errors as :meth:`render`."""
         ids: list[int] = self._tokenizer.encode(
-            self.render(messages, add_generation_prompt=True), add_special_tokens=False
+            self.render(messages, add_generation_prompt=True, tools=tools), add_special_tokens=False
         ).ids
         return ids
 
@@ -159,7 +166,13 @@ class ChatTokenizer:
     def contains_control_text(self, messages: Sequence[Message]) -> bool:
         """Whether a message spells a control token (and would be encoded as one): a special token of the tokenizer,
         or another added token that the template itself writes."""
-        return any(token in message.content for message in messages for token in self._control_texts)
+        return any(self.control_text(message.content) for message in messages)
+
+    def control_text(self, text: str, *, of_the_model: bool = False) -> str | None:
+        """The first control token that ``text`` spells, or None. ``of_the_model``: it is the model's own writing, which
+        may hold added tokens that open and close its thoughts and calls, but no special ones."""
+        tokens = self._special_texts if of_the_model else self._control_texts
+        return next((token for token in tokens if token in text), None)
 
     def _answer_span(self, messages: Sequence[Message], target: str, text: str) -> tuple[int, int]:
         """Characters of ``text`` that the model has to write, without what follows the answer."""
@@ -284,10 +297,32 @@ class ChatTokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        return tuple(t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special)
+
+    @cached_property
     def _control_texts(self) -> tuple[str, ...]:
         source = self._template.source if self._template else ""
         added = self._tokenizer.get_added_tokens_decoder().values()
         return tuple(t.content for t in added if t.special or (t.content.strip() and t.content in source))
+
+    @cached_property
+    def _token_bytes(self) -> Callable[[int], bytes]:
+        return token_bytes(self._tokenizer)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the one token that is spelled ``text``, or None."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for; several together may make a character."""
+        return self._token_bytes(token_id)
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` would hold it, with all tokens that the folder adds."""
+        source: str = self._tokenizer.to_str()
+        return source
 
 
 _ANSWER_REMEDY = (

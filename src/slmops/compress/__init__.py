@@ -13,7 +13,14 @@ torch, onnx and the engines are imported when something is exported, not before.
 from slmops.compress.as_trained import torch_variant
 from slmops.compress.classifier import export_classifier
 from slmops.compress.formats import check_formats, export_format
-from slmops.compress.generator import export_generator
+from slmops.compress.generator import SHOWS_STATES, export_generator
 
-__all__ = ["check_formats", "export_classifier", "export_format", "export_generator", "torch_variant"]
+__all__ = [
+    "SHOWS_STATES",
+    "check_formats",
+    "export_classifier",
+    "export_format",
+    "export_generator",
+    "torch_variant",
+]
 """What the pipeline calls."""

@@ -59,6 +59,10 @@ UNKNOWN_MODEL = "model is not currently supported"
 STEPS = 3
 
 
+SHOWS_STATES = ("include_hidden_states=true",)
+"""Of the builder: the graph gives its last hidden states as well."""
+
+
 def export_generator(
     checkpoint_folder: Path,
     draft: Draft,

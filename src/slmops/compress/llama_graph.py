@@ -48,8 +48,8 @@ def llama_graph(weights: Weights, config: Mapping[str, Any], max_tokens: int) ->
     """The graph in fp32.
 
     ``weights``: names as in the checkpoint, ``backbone.…`` and ``head.…``, each ``[out, in]``.
-    Inputs ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; output ``logits``, float32
-    ``[batch, labels]``.
+    Inputs ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; outputs ``logits``, float32
+    ``[batch, labels]``, and ``states``, what they are made from: float32 ``[batch, hidden]``.
     """
     graph = _Graph()
     states = _backbone(graph, weights, config, max_tokens)
@@ -57,10 +57,10 @@ def llama_graph(weights: Weights, config: Mapping[str, Any], max_tokens: int) ->
     mask = graph.add("Unsqueeze", graph.add("Cast", "attention_mask", to=TensorProto.FLOAT), graph.ints("row", [1]))
     total = graph.add("MatMul", mask, states)
     count = graph.add("ReduceSum", mask, graph.ints("last", [2]))
-    pooled = graph.add("Squeeze", graph.add("Div", total, count), graph.ints("row", [1]))
+    pooled = graph.add("Squeeze", graph.add("Div", total, count), graph.ints("row", [1]), output="states")
     head = graph.constant("head.weight", weights["head.weight"])
     graph.add("Gemm", pooled, head, graph.constant("head.bias", weights["head.bias"]), output="logits", transB=1)
-    return graph.model(labels=len(weights["head.bias"]))
+    return graph.model(labels=len(weights["head.bias"]), hidden=weights["head.weight"].shape[1])
 
 
 def _backbone(graph: _Graph, weights: Weights, config: Mapping[str, Any], max_tokens: int) -> str:
@@ -201,12 +201,15 @@ class _Graph:
         )
         return name, f"{name}.sum"
 
-    def model(self, labels: int) -> onnx.ModelProto:
+    def model(self, labels: int, hidden: int) -> onnx.ModelProto:
         inputs = [
             helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"])
             for name in ("input_ids", "attention_mask")
         ]
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", labels])
-        graph = helper.make_graph(self._nodes, "classifier", inputs, [logits], list(self._constants.values()))
+        outputs = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
+            for name, width in (("logits", labels), ("states", hidden))
+        ]
+        graph = helper.make_graph(self._nodes, "classifier", inputs, outputs, list(self._constants.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

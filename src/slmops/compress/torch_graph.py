@@ -30,7 +30,7 @@ class _Exported(nn.Module):
         self.classifier = classifier
         self.causal = bool(getattr(cast(Any, classifier.backbone).config, "is_causal", True))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         tokens = input_ids.shape[1]
         seen = attention_mask[:, None, None, :].bool()
         if self.causal:
@@ -40,7 +40,8 @@ class _Exported(nn.Module):
             seen = seen.expand(-1, -1, tokens, -1)
         mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
         states = self.classifier.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return self.classifier.classify(mean_over_tokens(states, attention_mask))
+        pooled = mean_over_tokens(states, attention_mask)
+        return self.classifier.classify(pooled), pooled
 
 
 def torch_graph(classifier: PooledClassifier) -> onnx.ModelProto:
@@ -55,7 +56,7 @@ def torch_graph(classifier: PooledClassifier) -> onnx.ModelProto:
             _Exported(classifier.eval()),
             (ids, mask),
             input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
+            output_names=["logits", "states"],
             dynamic_shapes=(free, free),
             dynamo=True,
             verbose=False,

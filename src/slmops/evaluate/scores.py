@@ -210,7 +210,7 @@ def score_classifier(
         DataError: no rows, or a row without a target.
     """
     targets = _targets(rows)
-    probabilities = _probabilities(classifier, [row.text for row in rows], progress)
+    probabilities = probabilities_of(classifier, [row.text for row in rows], progress)
     predictions = [classifier.labels[i] for i in probabilities.argmax(axis=1)] if len(rows) else []
     return score_predictions(
         predictions,
@@ -222,7 +222,9 @@ def score_classifier(
     )
 
 
-def _probabilities(classifier: Classifier, texts: Sequence[str], progress: ProgressSink) -> NDArray[np.float64]:
+def probabilities_of(
+    classifier: Classifier, texts: Sequence[str], progress: ProgressSink = ignore
+) -> NDArray[np.float64]:
     """``[rows, labels]`` in the order of ``texts``; asked by length, because a batch pads to its longest text."""
     found = np.zeros((len(texts), len(classifier.labels)))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

@@ -9,7 +9,8 @@
     recipe.yaml      what was asked for
     lineage.json     out of which artifacts it came, by digest
 
-Guarantees: the variant's bytes are compared with its manifest before they are shipped. Files of the model are hard
+Guarantees: the variant's bytes are compared with its manifest before they are shipped; what the bundle adds to the
+model's description (a classifier's calibration) is written beside them, never into them. Files of the model are hard
 links where the file system allows it: a bundle beside its variant takes no second copy of the disk.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from slmops.artifacts import Draft, Variant
+from slmops.artifacts import MODEL_DESCRIPTION, Draft, Variant
 from slmops.errors import ArtifactError
 from slmops.package.card import render_card
 
@@ -38,11 +39,13 @@ def build_bundle(
     lineage: Mapping[str, Any],
     draft: Draft,
     report_html: str | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill ``draft`` with a bundle of ``variant``.
 
     ``report``    the content of report.json
     ``licenses``  component (``base-model``, ``data``, ...) to the text of its licence
+    ``calibration``  ``temperature`` and ``threshold`` for the model's description, where it is a classifier's
     ``lineage``   role (``dataset``, ``teacher``, ...) to a digest, or to an object that says more
 
     Raises:
@@ -52,6 +55,8 @@ def build_bundle(
     variant.verify()
     root = draft.path
     link_tree(variant.model_path, root / "model")
+    if calibration is not None:
+        _describe(root / "model" / MODEL_DESCRIPTION, calibration)
     _write_json(root / "report.json", report)
     if report_html is not None:
         (root / "report.html").write_text(report_html, "utf-8")
@@ -79,6 +84,14 @@ def link_tree(source: Path, destination: Path) -> None:
             os.link(path, target)
         except OSError:  # another device, or a file system without hard links; a full disk fails again below
             shutil.copyfile(path, target)
+
+
+def _describe(path: Path, calibration: Mapping[str, Any]) -> None:
+    """Put the calibration into the model's description, in a file of its own: the one beside it is the variant's."""
+    description = json.loads(path.read_text("utf-8"))
+    path.unlink()
+    kept = {key: calibration[key] for key in ("temperature", "threshold") if calibration.get(key) is not None}
+    _write_json(path, {**description, "calibration": kept})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Report, Row, Variant
 from slmops.chat import tokenizer_digest
-from slmops.compress import export_classifier, export_format, export_generator, torch_variant
+from slmops.compress import SHOWS_STATES, export_classifier, export_format, export_generator, torch_variant
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
@@ -19,7 +19,7 @@ from slmops.evaluate.choose import Candidate, choose, gates_of
 from slmops.evaluate.closest import closest, closest_in_words
 from slmops.evaluate.cost import cost_per_1000, cost_per_1000_by_tokens
 from slmops.evaluate.estimate import DeviceEstimate, estimate_on
-from slmops.evaluate.gates import MB, verdict
+from slmops.evaluate.gates import MB, Gate, verdict
 from slmops.evaluate.limits import Limits
 from slmops.evaluate.machine import machine_facts
 from slmops.evaluate.measure import DoesNotFitError, Measurement, measure_interleaved
@@ -30,6 +30,7 @@ from slmops.evaluate.significance import compare
 from slmops.evaluate.speed import MachineSpeed, machine_speed
 from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report, measures_of
 from slmops.hardware import device_profile
+from slmops.pipeline.calibrate import calibration_of
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
@@ -87,9 +88,15 @@ def evaluate(
     inputs["measures"] = digest_json({name: measures_of(one.candidate.scores) for name, one in measured.items()})
     if context.search is not None:
         inputs["search"] = digest_json(dict(context.search))
+    judged = _judged(context.recipe, teacher_entry, measured)
+    chosen, _ = choose(judged)
+    calibration = calibration_of(context, chosen.id, measured[chosen.id].variant, data)
+    if calibration is not None:
+        inputs["calibration"] = digest_json(calibration.to_json())
 
     def build(draft: Draft) -> None:
-        content = {**_judge(context, teacher_entry, measured, baselines, data), "history": histories}
+        content = {**_judge(context, teacher_entry, measured, baselines, data, judged), "history": histories}
+        content["calibration"] = None if calibration is None else calibration.to_json()
         _write_report(draft, content)
         (draft.path / "report.html").write_text(render_report(content), "utf-8")
 
@@ -309,15 +316,22 @@ def exported(context: Context, who: str, checkpoint: Checkpoint, precision: Prec
         "progress": context.progress,
     }
     build: Callable[[Path, Draft], None]
+    states = recipe.compress.embeddings and not recipe.closed and who == "student"
     if recipe.closed:
         build = partial(export_classifier, **common)
     else:
-        build = partial(export_generator, system=context.system, **common)
+        options = SHOWS_STATES if states else ()
+        build = partial(export_generator, system=context.system, builder_options=options, **common)
     return context.stage(
         f"{who}-{precision}",
         Variant,
         {"checkpoint": checkpoint},
-        {"precision": precision, "name": recipe.name, "max_tokens": recipe.train.max_tokens},
+        {
+            "precision": precision,
+            "name": recipe.name,
+            "max_tokens": recipe.train.max_tokens,
+            **({"embeddings": True} if states else {}),
+        },
         ["slmops.compress"],
         lambda draft: build(checkpoint.path, draft),
     )
@@ -595,18 +609,25 @@ def _entry(context: Context, measured: _Measured) -> ModelEntry:
     )
 
 
+def _judged(
+    recipe: Recipe, teacher: ModelEntry, measured: Mapping[str, _Measured]
+) -> list[tuple[Candidate, list[Gate]]]:
+    """What may go into the bundle, with its gates."""
+    return [
+        (candidate, gates_of(_way_to(candidate, measured), teacher.scores, recipe.gates, recipe.budget, recipe.seed))
+        for candidate in _candidates(recipe, measured)
+    ]
+
+
 def _judge(
     context: Context,
     teacher: ModelEntry,
     measured: Mapping[str, _Measured],
     baselines: Mapping[str, BaselineEntry],
     data: Dataset,
+    judged: Sequence[tuple[Candidate, list[Gate]]],
 ) -> dict[str, Any]:
     recipe = context.recipe
-    judged = [
-        (candidate, gates_of(_way_to(candidate, measured), teacher.scores, recipe.gates, recipe.budget, recipe.seed))
-        for candidate in _candidates(recipe, measured)
-    ]
     chosen, gates = choose(judged)
     removed = measured["student-torch"].checkpoint.manifest.metrics
     misses = closest(judged)

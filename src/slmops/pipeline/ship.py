@@ -38,6 +38,7 @@ def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint
             lineage=lineage,
             draft=draft,
             report_html=(report.path / "report.html").read_text("utf-8"),
+            calibration=content.get("calibration"),
         ),
     )
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from slmops.artifacts.kinds import MODEL_DESCRIPTION
 from slmops.errors import ModelError
 from slmops.runtime.base import (
+    Ability,
     Classifier,
+    Constraint,
     Delta,
+    Embeds,
     FinishReason,
     Generation,
     GenerationRequest,
@@ -19,14 +22,19 @@ from slmops.runtime.base import (
     StatefulClassifier,
     States,
     TextScore,
+    TokenLogprob,
+    abilities_of,
 )
 from slmops.runtime.description import ModelDescription
 
 LINEAR_MODEL = "linear.json"
 
 __all__ = [
+    "Ability",
     "Classifier",
+    "Constraint",
     "Delta",
+    "Embeds",
     "FinishReason",
     "Generation",
     "GenerationRequest",
@@ -38,6 +46,8 @@ __all__ = [
     "StatefulClassifier",
     "States",
     "TextScore",
+    "TokenLogprob",
+    "abilities_of",
     "open_classifier",
     "open_generator",
 ]

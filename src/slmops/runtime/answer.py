@@ -38,6 +38,10 @@ class Answer:
             self.finish_reason = "length"
         return text
 
+    def end(self) -> None:
+        """Nothing more may follow: a constraint is fulfilled."""
+        self.finish_reason = self.finish_reason or "stop"
+
     def finish(self) -> str:
         """Text that was held back: half a character, or what might have become a stop text."""
         text = self._scanner.push(self._decoder.flush()) + self._scanner.flush()

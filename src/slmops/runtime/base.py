@@ -7,9 +7,9 @@ Engines are chosen by :func:`slmops.runtime.open_generator` and :func:`slmops.ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,39 @@ Probabilities = NDArray[np.float32]
 States = NDArray[np.float32]
 
 
+Ability = Literal["json_schema", "grammar", "logprobs", "tools"]
+"""What an engine may be able to do beside writing text: keep to a JSON schema, keep to a grammar, tell how likely its
+tokens were, tell the model of functions."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer has to keep to while it is written, token by token.
+
+    ``kind``    ``json_schema``, or ``grammar``: Lark as llguidance reads it, with rules ``%json {...}``
+    ``source``  the schema as JSON text, or the grammar
+    ``tags``    of a grammar: texts that it calls ``tag0``, ``tag1``, ...; each is a token of its own where the
+                tokenizer has one. ``until0`` is any text up to the first ``tag0``, and ``TEXT`` any text
+    """
+
+    kind: Literal["json_schema", "grammar"]
+    source: str
+    tags: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """
-    ``max_tokens``   new tokens at most
-    ``temperature``  0 is greedy
-    ``seed``         makes sampling repeatable on the same machine
-    ``stop``         texts that end the answer; they are not part of it
-    ``adapter``      of a model with several: its name; ``""`` is the base alone, None what the model is set to
+    ``max_tokens``    new tokens at most
+    ``temperature``   0 is greedy
+    ``seed``          makes sampling repeatable on the same machine
+    ``stop``          texts that end the answer; they are not part of it
+    ``adapter``       of a model with several: its name; ``""`` is the base alone, None what the model is set to
+    ``tools``         functions that the model is told of, in the form of OpenAI's chat completions
+    ``constraint``    what the answer has to keep to
+    ``top_logprobs``  tell how likely each token was, and so many of the likeliest beside it; None tells nothing
+
+    The last three are for engines that say so in their ``abilities``; see :func:`abilities_of`.
     """
 
     messages: tuple[Message, ...]
@@ -38,6 +63,20 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     adapter: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of an answer. ``data``: its bytes, of which ``text`` is the readable form. ``logprob``: in nats, under
+    the model's own distribution: before temperature, ``top_p`` and constraint. ``top``: the likeliest tokens there."""
+
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,12 +92,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts."""
+    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts. ``tokens``: those since the piece
+    before, where the request asked for ``top_logprobs``."""
 
     text: str
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    tokens: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,3 +178,23 @@ class OwnTokenizer(Protocol):
     def engine_tokens(self, text: str) -> list[int]:
         """Ids of plain text, as the engine makes them."""
         ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A model that shows what it makes of a text."""
+
+    def embed(self, texts: Sequence[str]) -> tuple[States, int]:
+        """The mean of the last hidden state over each text's tokens, ``[len(texts), width]`` float32, and the tokens
+        read.
+
+        Raises:
+            ContextLengthError: a text is longer than the model can read.
+            NotImplementedError: the graph does not give its states.
+        """
+        ...
+
+
+def abilities_of(model: object) -> frozenset[Ability]:
+    """What ``model`` says it can do beside writing text; an engine that says nothing can do no more."""
+    return frozenset(getattr(model, "abilities", ()))

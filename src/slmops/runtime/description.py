@@ -31,6 +31,8 @@ class ModelDescription:
     ``pad_token_id``  what fills the shorter rows of a batch
     ``adapters``      names of the adapters beside the base; the first one answers where nobody names another
     ``system``        the system message that the model was trained with, put before a conversation that has none
+    ``temperature``   a classifier's logits are divided by it, for a confidence that is as often right as it says
+    ``threshold``     a classifier's answer below this confidence is an abstention; None where there is no limit
     """
 
     runtime: str
@@ -44,6 +46,8 @@ class ModelDescription:
     name: str = ""
     system: str | None = None
     adapters: tuple[str, ...] = ()
+    temperature: float = 1.0
+    threshold: float | None = None
 
     @classmethod
     def read(cls, folder: Path) -> ModelDescription:
@@ -89,6 +93,8 @@ class ModelDescription:
             name=str(raw.get("name") or ""),
             system=raw.get("system"),
             adapters=tuple(raw.get("adapters") or ()),
+            temperature=float((raw.get("calibration") or {}).get("temperature") or 1.0),
+            threshold=(raw.get("calibration") or {}).get("threshold"),
         )
 
     def adapter_of(self, request: str | None) -> str:
@@ -132,10 +138,25 @@ def _problem(raw: Any) -> str | None:
         return "adapters must be a list of plain names"
     if raw["form"] == "classifier" and not labels:
         return "a classifier without labels"
+    if (problem := _calibration_problem(raw.get("calibration"))) is not None:
+        return problem
     for name in ("max_tokens", "pad_token_id", "parameters"):
         value = raw.get(name)
         if value is not None and (not isinstance(value, int) or value < 0):
             return f"{name} is {value!r}, not a whole number from 0 up"
+    return None
+
+
+def _calibration_problem(raw: Any) -> str | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        return f"calibration is {raw!r}, not an object"
+    temperature, threshold = raw.get("temperature", 1.0), raw.get("threshold")
+    if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+        return f"calibration.temperature is {temperature!r}, not a number above 0"
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+        return f"calibration.threshold is {threshold!r}, not a number from 0 to 1"
     return None
 
 

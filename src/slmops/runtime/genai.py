@@ -4,7 +4,8 @@ Guarantees: the prompt's ids are those of :mod:`slmops.chat`; the key-value cach
 model's context; a batch's greedy answers are those of its requests one by one (rows are padded on the right: with
 padding on the left the engine's attention is off, so nothing here does it); the same seed gives the same sample on the
 same machine; nothing is sent anywhere. ``max_tokens`` is cut to what the context leaves.
-Not covered: continuous batching, adapters switched at run time, constrained decoding.
+Answers under a constraint, or with log-probabilities, run one by one: their logits are looked at before each token.
+Not covered: continuous batching.
 """
 
 from __future__ import annotations
@@ -19,14 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer
+from slmops.chat import ChatTokenizer, Tools
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError
-from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
+from slmops.runtime.base import (
+    Ability,
+    Delta,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    States,
+    TextScore,
+)
+from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDescription
+from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.sampling import log_likelihood
 from slmops.runtime.stops import StopScanner
 
 CONFIG_FILE = "genai_config.json"
+STATES = "hidden_states"
+"""An output that the builder adds where it is told to."""
 MAX_BATCH = 8
 """Rows of one static batch: on two cores 8 give twice the tokens per second of 1, and the cache grows with each."""
 
@@ -44,6 +57,7 @@ class GenaiGenerator:
         self._context_tokens = int(config["model"]["context_length"])
         self._pad_token_id = int(config["model"].get("pad_token_id") or 0)
         self._adapters: Any = None
+        self._masks: Masks | None = None
         self._read: set[str] = set()
         self._folder = folder
         self._end_ids = frozenset(chat.eos_token_ids) | _ids(config["model"].get("eos_token_id"))
@@ -72,9 +86,18 @@ class GenaiGenerator:
         """Prompt and answer together may have so many tokens."""
         return self._context_tokens
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """Tokenizer and template of the model."""
+        return self._chat
+
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
         """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages))
+        return len(self._chat.encode_prompt(messages, tools))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
@@ -87,17 +110,18 @@ class GenaiGenerator:
         Raises:
             ContextLengthError: a prompt leaves no room for an answer.
         """
-        prompts = [self._chat.encode_prompt(request.messages) for request in requests]
+        prompts = [self._chat.encode_prompt(request.messages, request.tools) for request in requests]
         batches: list[list[int]] = []
+        alone = [row for row, request in enumerate(requests) if request.temperature > 0 or _is_guided(request)]
         wanted = [self.description.adapter_of(request.adapter) for request in requests]
         for adapter in dict.fromkeys(wanted):  # one generator has one adapter
             sizes = {
                 row: (len(prompts[row]), r.max_tokens)
                 for row, r in enumerate(requests)
-                if r.temperature <= 0 and wanted[row] == adapter
+                if row not in alone and wanted[row] == adapter
             }
             batches += greedy_batches(sizes, self._context_tokens)
-        batches += [[row] for row, request in enumerate(requests) if request.temperature > 0]
+        batches += [[row] for row in alone]
         results: dict[int, Generation] = {}
         for rows in batches:
             answers = self._answers([prompts[row] for row in rows], [requests[row] for row in rows])
@@ -111,12 +135,40 @@ class GenaiGenerator:
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
         generator, (answer,) = self._start([prompt], [request])
-        return _stream(generator, answer)
+        return _stream(generator, answer, guide_of(request, self._chat, self._masks_of))
+
+    def embed(self, texts: Sequence[str]) -> tuple[States, int]:
+        """The mean of the last hidden state over each text's tokens, ``[len(texts), width]`` float32, and the tokens
+        read.
+
+        Raises:
+            ContextLengthError: a text does not fit in the context.
+            NotImplementedError: the graph was built without its states.
+        """
+        prompts = [self._chat.encode(text) or [self._pad_token_id] for text in texts]
+        for prompt in prompts:
+            self._check_room(len(prompt), len(prompt))
+        return np.stack([self._state(prompt) for prompt in prompts]), sum(map(len, prompts))
+
+    def _state(self, prompt: list[int]) -> NDArray[np.float32]:
+        generator = self._generator(len(prompt) + 1, 1, GenerationRequest((), adapter=""))
+        generator.append_tokens(np.asarray(prompt, dtype=np.int32))
+        try:
+            states = generator.get_output(STATES)  # [1, tokens, width]
+        except RuntimeError:
+            raise NotImplementedError("the graph does not give its hidden states") from None
+        mean: NDArray[np.float32] = states[0].astype(np.float32).mean(axis=0)
+        return mean
+
+    def _masks_of(self, vocabulary: int) -> Masks:
+        if self._masks is None:
+            self._masks = Masks(self._chat, vocabulary, self._end_ids)
+        return self._masks
 
     def score(self, conversations: Sequence[tuple[tuple[Message, ...], str]]) -> list[TextScore]:
         """Log-probability of each target after its messages, from one forward pass over both.
@@ -132,6 +184,10 @@ class GenaiGenerator:
         self._adapters = self._model = self._own_tokenizer = None
 
     def _answers(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> list[Generation]:
+        if len(requests) == 1 and _is_guided(requests[0]):
+            *pieces, last = self.stream_ids(prompts[0], requests[0])
+            whole = "".join(piece.text for piece in (*pieces, last))
+            return [Generation(whole, last.finish_reason or "length", last.prompt_tokens, last.completion_tokens)]
         generator, answers = self._start(prompts, requests)
         texts: list[list[str]] = [[] for _ in answers]
         while not all(answer.finish_reason for answer in answers) and not generator.is_done():
@@ -269,6 +325,10 @@ class _Answer:
             self.finish_reason = "length"
         return text
 
+    def ends(self, token: int) -> bool:
+        """Whether this token closes an answer, and is no text of it."""
+        return token in self._end_ids
+
     def finish(self) -> str:
         """Text that was held back: half a character, or what might have become a stop text."""
         text = self._scanner.push(self._decoder.flush()) + self._scanner.flush()
@@ -296,14 +356,34 @@ def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) ->
     return batches
 
 
-def _stream(generator: Any, answer: _Answer) -> Iterator[Delta]:
+def _stream(generator: Any, answer: _Answer, guide: Guide | None) -> Iterator[Delta]:
     while not answer.finish_reason and not generator.is_done():
+        if guide:
+            _show(generator, guide)
         generator.generate_next_token()
-        text = answer.push(int(generator.get_next_tokens()[0]))
+        token = int(generator.get_next_tokens()[0])
+        text = answer.push(token)
+        if guide:
+            guide.took(token, ends=answer.ends(token))
+            if guide.finished and not answer.finish_reason:
+                answer.finish_reason = "stop"
         if text:
-            yield Delta(text)
+            yield Delta(text, tokens=guide.flush() if guide else ())
     rest = answer.finish()
-    yield Delta(rest, answer.finish_reason or "length", answer.prompt_tokens, answer.tokens)
+    tokens = guide.flush() if guide else ()
+    yield Delta(rest, answer.finish_reason or "length", answer.prompt_tokens, answer.tokens, tokens)
+
+
+def _show(generator: Any, guide: Guide) -> None:
+    """Show the guide the logits of the next token, and take from the engine what may not come."""
+    logits = generator.get_logits()  # [1, 1, vocabulary]
+    allowed = guide.see(logits.reshape(-1))
+    if allowed is not None:
+        generator.set_logits(masked(logits.reshape(-1), allowed).reshape(logits.shape))
+
+
+def _is_guided(request: GenerationRequest) -> bool:
+    return request.constraint is not None or request.top_logprobs is not None
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:

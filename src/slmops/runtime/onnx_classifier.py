@@ -5,7 +5,8 @@ beyond the rounding of the kernels (dynamically quantized kernels scale by the w
 the third decimal); nothing is sent anywhere. Imports numpy, tokenizers and onnxruntime, nothing heavier: Python and
 these three are most of the memory that a small student takes.
 
-The graph: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, to ``logits``, float32 ``[batch, labels]``.
+The graph: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, to ``logits``, float32 ``[batch, labels]``,
+and to ``states``, float32 ``[batch, hidden]``, where it was made with them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.errors import CorruptArtifactError, ModelError
-from slmops.runtime.base import Probabilities
+from slmops.runtime.base import Probabilities, States
 from slmops.runtime.description import ModelDescription
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+STATES = "states"
 SINGLE_THREAD_PARAMETERS = 20_000_000
 """Below so many parameters a second thread costs more to wake than it computes."""
 
@@ -41,6 +43,7 @@ class OnnxClassifier:
 
     def __init__(self, session: Any, tokenizer: Any, description: ModelDescription) -> None:
         self._run = session.run
+        self._shows_states = any(one.name == STATES for one in session.get_outputs())
         self._encode = tokenizer.encode
         self._encode_batch = tokenizer.encode_batch_fast
         self._empty = [description.pad_token_id]
@@ -77,13 +80,33 @@ class OnnxClassifier:
             encoding = self._encode(encodable(texts[0], self._max_characters))
             ids = np.array([encoding.ids or self._empty], dtype=np.int64)
             return softmax(self._run(("logits",), {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0])
+        return softmax(self._output("logits", self._ids(texts)))
+
+    def embed(self, texts: Sequence[str]) -> tuple[States, int]:
+        """The mean hidden state over each text's tokens, ``[len(texts), hidden]`` float32, and the tokens read.
+
+        Raises:
+            NotImplementedError: the graph was made without its states.
+        """
+        if not self._shows_states:
+            raise NotImplementedError("the graph does not give its states")
+        encoded = self._ids(texts)
+        return self._output(STATES, encoded), sum(map(len, encoded))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         readable = [encodable(text, self._max_characters) for text in texts]
-        encoded = [encoding.ids or self._empty for encoding in self._encode_batch(readable)]
-        result = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        return [encoding.ids or self._empty for encoding in self._encode_batch(readable)]
+
+    def _output(self, name: str, encoded: Sequence[list[int]]) -> NDArray[np.float32]:
+        """One of the graph's outputs, ``[rows, width]`` in the order of the rows; asked by length."""
+        made = np.empty((0, len(self.labels)), np.float32)
         for rows in length_batches([len(ids) for ids in encoded], BATCH_TOKENS):
             ids, mask = pad([encoded[row] for row in rows], self.description.pad_token_id)
-            result[rows] = softmax(self._run(("logits",), {"input_ids": ids, "attention_mask": mask})[0])
-        return result
+            part = self._run((name,), {"input_ids": ids, "attention_mask": mask})[0]
+            if not len(made):
+                made = np.empty((len(encoded), part.shape[1]), np.float32)
+            made[rows] = part
+        return made
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` that are read, after the cut at ``max_tokens``."""

@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer
+from slmops.chat import ChatTokenizer, Tools
 from slmops.errors import ContextLengthError, CorruptArtifactError, MissingExtraError, ModelError
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
+from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, TextScore
+from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
+from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.sampling import draw, log_likelihood, log_softmax
 
 GRAPH_NAME = "openvino_model.xml"
@@ -45,6 +47,7 @@ class OpenvinoGenerator:
         self._chat = chat
         self.description = description
         self._end_ids = frozenset(chat.eos_token_ids)
+        self._masks: Masks | None = None
 
     @classmethod
     def load(cls, path: Path | str, *, threads: int | None = None) -> OpenvinoGenerator:
@@ -75,9 +78,18 @@ class OpenvinoGenerator:
         """Prompt and answer together may have so many tokens."""
         return self.description.max_tokens
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """Tokenizer and template of the model."""
+        return self._chat
+
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
         """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages))
+        return len(self._chat.encode_prompt(messages, tools))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
@@ -91,9 +103,10 @@ class OpenvinoGenerator:
         """
         answers = []
         for request in requests:
-            answer = self._answer(self._chat.encode_prompt(request.messages), request)
+            answer = self._answer(self._chat.encode_prompt(request.messages, request.tools), request)
+            guide = guide_of(request, self._chat, self._masks_of)
             logprob, text = 0.0, []
-            for token, its_logprob in self._tokens(answer, request):
+            for token, its_logprob in self._tokens(answer, request, guide):
                 logprob += its_logprob
                 text.append(answer.push(token))
                 if answer.finish_reason:
@@ -110,7 +123,7 @@ class OpenvinoGenerator:
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
@@ -143,28 +156,42 @@ class OpenvinoGenerator:
         room = min(request.max_tokens, self.context_tokens - len(prompt))
         return Answer(prompt, room, self._end_ids, self._chat, request.stop)
 
+    def _masks_of(self, vocabulary: int) -> Masks:
+        if self._masks is None:
+            self._masks = Masks(self._chat, vocabulary, self._end_ids)
+        return self._masks
+
     def _stream(self, answer: Answer, request: GenerationRequest) -> Iterator[Delta]:
-        for token, _ in self._tokens(answer, request):
+        guide = guide_of(request, self._chat, self._masks_of)
+        for token, _ in self._tokens(answer, request, guide):
             text = answer.push(token)
             if text:
-                yield Delta(text)
+                yield Delta(text, tokens=guide.flush() if guide else ())
             if answer.finish_reason:
                 break
         rest = answer.finish()
-        yield Delta(rest, answer.finish_reason or "length", len(answer.prompt), answer.tokens)
+        tokens = guide.flush() if guide else ()
+        yield Delta(rest, answer.finish_reason or "length", len(answer.prompt), answer.tokens, tokens)
 
-    def _tokens(self, answer: Answer, request: GenerationRequest) -> Iterator[tuple[int, float]]:
+    def _tokens(self, answer: Answer, request: GenerationRequest, guide: Guide | None) -> Iterator[tuple[int, float]]:
         random = np.random.default_rng(request.seed)
         ids, seen = answer.prompt, 0
         self._request.reset_state()
         for _ in range(answer.max_tokens):
-            logprobs = log_softmax(self._forward(ids, seen)[-1])
+            logits = self._forward(ids, seen)[-1]
             seen += len(ids)
+            allowed = guide.see(logits) if guide else None
+            logprobs = log_softmax(logits if allowed is None else masked(logits, allowed))
             if request.temperature <= 0:
                 token = int(np.argmax(logprobs))
             else:
                 token = draw(logprobs, request.temperature, request.top_p, random)
+            if guide:
+                guide.took(token, ends=token in self._end_ids)
             yield token, float(logprobs[token])
+            if guide and guide.finished:
+                answer.end()
+                return
             ids = [token]
 
     def _forward(self, ids: Sequence[int], seen: int) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ class StopScanner:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return shown
 
@@ -38,7 +38,7 @@ class StopScanner:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a proper start of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -5,13 +5,15 @@
 ``GET /v1/models``         the one model; ``GET /v1/models/{name}`` alike
 ``POST /v1/chat/completions``  a conversation to an answer, whole or streamed; a classifier answers with the label
 ``POST /v1/completions``   plain text to its continuation; a classifier answers with the label
-``POST /v1/classify``      text(s) to label, confidence and the five likeliest labels
+``POST /v1/responses``     a conversation to an answer, in the newer form; without a memory
+``POST /v1/embeddings``    text(s) to vectors, where the model's graph gives its states
+``POST /v1/classify``      text(s) to label, calibrated confidence, abstention and the five likeliest labels
+``GET /openapi.json``      all this as a schema
 ========================== ==========================================================================================
 
 Guarantees: the event loop never waits for the model; every failure is in OpenAI's form; a parameter that would have no
 effect is refused by name; nothing that a caller wrote is logged or kept.
-Not covered: keys, metrics and reloading (:mod:`slmops.serve.operate` stands around this), tools, constrained output,
-log-probabilities.
+Not covered: keys, metrics and reloading (:mod:`slmops.serve.operate` stands around this).
 """
 
 from __future__ import annotations
@@ -20,19 +22,35 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from slmops.errors import SlmopsError
+from slmops.serve.answers import PlainJSON
 from slmops.serve.engine import Engine
 from slmops.serve.errors import ApiError, from_error, from_validation
 from slmops.serve.limits import MAX_BODY_BYTES, Limits
-from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
+from slmops.serve.openapi import (
+    ChatCompletion,
+    Classification,
+    Completion,
+    Embeddings,
+    Health,
+    Model,
+    Models,
+    ResponseObject,
+    answers_with,
+    describe,
+)
+from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
+from slmops.serve.responses import ResponsesRequest
 from slmops.serve.service import Service
+
+UNREADABLE = "There was an error parsing the body"
+"""What fastapi says of a body for which its parser raised anything but a complaint about JSON."""
 
 
 def create_app(
@@ -61,12 +79,13 @@ def create_app(
     app.add_middleware(Limits, max_body_bytes=max_body_bytes)
     _answer_errors(app)
     _add_paths(app, Service(engine, name, max_new_tokens=max_new_tokens))
+    describe(app)
     return app
 
 
 def _answer_errors(app: FastAPI) -> None:
     def as_response(error: ApiError) -> Response:
-        return JSONResponse(error.to_json(), error.status, headers=error.headers)
+        return PlainJSON(error.to_json(), error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> Response:
@@ -74,6 +93,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and error.detail == UNREADABLE:  # no UTF-8, or brackets without end
+            return as_response(ApiError(400, "The body is not JSON.", code="invalid_json"))
         what = {404: "There is nothing at this path.", 405: f"{request.method} is not for this path."}
         message = what.get(error.status_code, str(error.detail))
         return as_response(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))
@@ -88,7 +109,7 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _add_paths(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", responses=answers_with(Health, 503))
     async def health() -> Response:
         return service.health()
 
@@ -100,23 +121,34 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         return service.health()
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": service.models()}
+    @app.get("/v1/models", responses=answers_with(Models))
+    async def models() -> Response:
+        return PlainJSON({"object": "list", "data": service.models()})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    @app.get("/v1/models/{model:path}", responses=answers_with(Model, 404))
+    async def model(model: str) -> Response:
         service.check_model(model)
-        return {**service.model(), "id": model}
+        return PlainJSON({**service.model(), "id": model})
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers_with(ChatCompletion, *REFUSALS, streams=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await service.chat(body, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers_with(Completion, *REFUSALS, streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await service.completions(body, request)
 
-    @app.post("/v1/classify")
-    async def classify(body: ClassifyRequest) -> list[dict[str, Any]]:
-        return await service.classify(body)
+    @app.post("/v1/responses", responses=answers_with(ResponseObject, *REFUSALS, streams=True))
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await service.responses(body, request)
+
+    @app.post("/v1/embeddings", responses=answers_with(Embeddings, *REFUSALS))
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        return await service.embeddings(body)
+
+    @app.post("/v1/classify", responses=answers_with(Classification, *REFUSALS))
+    async def classify(body: ClassifyRequest) -> Response:
+        return PlainJSON(await service.classify(body))
+
+
+REFUSALS = (400, 404, 413, 429, 500)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from slmops.artifacts import Message
+from slmops.chat import Tools
 from slmops.errors import ServeError
 from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import Classifier, Delta, GenerationRequest, Generator, Probabilities
+from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
 from slmops.serve.watch import watching
 
@@ -35,7 +37,7 @@ class KnowsContext(Protocol):
     @property
     def context_tokens(self) -> int: ...
 
-    def count_tokens(self, messages: Sequence[Message]) -> int: ...
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int: ...
 
 
 @runtime_checkable
@@ -101,7 +103,7 @@ class Engine:
         return self._at_hand
 
     async def classify(self, texts: Sequence[str]) -> tuple[Probabilities, int]:
-        """Probabilities ``[len(texts), labels]`` and the tokens read.
+        """Calibrated probabilities ``[len(texts), labels]`` and the tokens read.
 
         Raises:
             BusyError: the queue is full.
@@ -110,7 +112,7 @@ class Engine:
         def work() -> tuple[Probabilities, int]:
             model = self.classifier
             tokens = sum(model.count_tokens(text) for text in texts) if isinstance(model, CountsTokens) else 0
-            return model.probabilities(texts), tokens
+            return calibrated(model.probabilities(texts), self.description.temperature), tokens
 
         probabilities, tokens = await self.call(work)
         watching().prompt_tokens += tokens

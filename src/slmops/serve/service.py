@@ -1,32 +1,32 @@
-"""What the paths do: a checked body in, a response out.
-
-A caller that hangs up while a text is written for it stops the model: before the first piece through
-:func:`unless_gone`, later because the stream of events is closed.
-"""
+"""What the paths do: a checked body in, a response out."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 
-from slmops.runtime.base import Delta, GenerationRequest, Probabilities
-from slmops.serve.answers import Envelope, Kind, event, usage
+from slmops.artifacts import Message
+from slmops.runtime import Ability, Delta, Embeds, GenerationRequest, Probabilities, abilities_of
+from slmops.serve.answers import Envelope, Kind, PlainJSON, usage_of
+from slmops.serve.conversation import Wish, as_told, check_controls, check_room, choice_of, constraint_of, room_for
+from slmops.serve.embeddings import embeddings_body
 from slmops.serve.engine import ContinuesText, Engine, KnowsContext
-from slmops.serve.errors import ApiError, from_error, unsupported
-from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampling
+from slmops.serve.errors import ApiError, unsupported
+from slmops.serve.pieces import Piece, as_pieces, gathered, pieces, side_by_side
+from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Sampling
+from slmops.serve.responses import EventWriter, ResponseBody, ResponsesRequest
+from slmops.serve.streams import event_stream, response_events, text_events, unless_gone
+from slmops.serve.tools import CallScanner
 from slmops.serve.watch import watching
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 DEFAULT_MAX_TOKENS = 512
 """New tokens where the caller names no limit: the cache is allocated for them."""
 TOP_LABELS = 5
@@ -44,7 +44,7 @@ class Service:
     def health(self) -> Response:
         ready = not self.engine.closed
         body = {"status": "ok" if ready else "closing", "live": True, "ready": ready, "model": self.name}
-        return JSONResponse({**body, "at_hand": self.engine.at_hand}, 200 if ready else 503)
+        return PlainJSON({**body, "at_hand": self.engine.at_hand}, 200 if ready else 503)
 
     def model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "slmops"}
@@ -79,93 +79,180 @@ class Service:
                 400, f"'{self.name}' writes text and has no labels. Ask /v1/chat/completions.", param="model"
             )
         probabilities, _ = await self.engine.classify(body.texts)
-        return [ranking(self.engine.classifier.labels, row) for row in probabilities]
+        threshold = self.engine.description.threshold if body.threshold is None else body.threshold
+        return [ranking(self.engine.classifier.labels, row, threshold) for row in probabilities]
+
+    async def embeddings(self, body: EmbeddingRequest) -> Response:
+        self.check_model(body.model)
+        model = self.engine.model
+        if not isinstance(model, Embeds):
+            raise _no_states(self.name)
+        try:
+            with room_for("input"):
+                states, tokens = await self.engine.call(lambda: model.embed(body.texts))
+        except NotImplementedError:
+            raise _no_states(self.name) from None
+        return PlainJSON(embeddings_body(states, tokens, self.name, body.encoding_format))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
         if self.engine.is_classifier:
-            users = [message.content for message in body.conversation if message.role == "user"]
-            if not users:
-                raise ApiError(400, "A classifier reads the last user message, and there is none.", param="messages")
-            return await self._labels("chat", body, users[-1:])
-        messages = self.engine.description.conversation(body.conversation)
-        adapter = self.adapter_of(body.model)
-        wanted = GenerationRequest(messages, adapter=adapter, **self._sampling(body, body.token_limit))
-        model = self.engine.generator
-
-        def start() -> Iterator[Delta]:
-            if body.token_limit is not None and isinstance(model, KnowsContext):
-                check_room(model.count_tokens(messages), body.token_limit, model.context_tokens, "messages")
-            return model.stream(wanted)
-
-        return await self._texts("chat", body, request, [start])
+            _refuse_for_labels(body, {"tools": body.tools, "response_format": body.response_format})
+            _refuse_for_labels(body, {"logprobs": body.logprobs})
+            return await self._labels("chat", body, _last_user(body.conversation, "messages"))
+        choice, functions = choice_of(body.tool_choice, body.functions)
+        wish = Wish(
+            functions,
+            choice,
+            body.parallel_tool_calls,
+            None if body.response_format is None else body.response_format.schema_wanted,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        found = await self._conversation(body, body.conversation, wish, "messages", body.token_limit)
+        return await self._texts("chat", body, request, found, 1, logprobs=body.logprobs)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        if body.stream and len(body.prompts) > 1:
-            raise unsupported("stream", "Several prompts cannot be streamed: send one, or leave it out.")
         if self.engine.is_classifier:
+            _refuse_for_labels(body, {"logprobs": body.logprobs is not None})
             return await self._labels("text", body, body.prompts)
         model = self.engine.model
         if not isinstance(model, ContinuesText):
             raise unsupported("prompt", "This model's engine knows conversations alone. Ask /v1/chat/completions.")
+        if body.logprobs is not None:
+            self._need("logprobs", "logprobs")
         adapter = self.adapter_of(body.model)
-        wanted = GenerationRequest((), adapter=adapter, **self._sampling(body, body.max_tokens))
+        wanted = GenerationRequest(
+            (), adapter=adapter, top_logprobs=body.logprobs, **self._sampling(body, body.max_tokens)
+        )
 
-        def start(prompt: str) -> Iterator[Delta]:
+        def start(prompt: str, wanted: GenerationRequest) -> Iterator[Delta]:
             ids = model.encode_text(prompt)
             if not ids:
                 raise ApiError(400, "The prompt is empty: there is nothing to go on from.", param="prompt")
             if body.max_tokens is not None and isinstance(model, KnowsContext):
                 check_room(len(ids), body.max_tokens, model.context_tokens, "prompt")
-            return model.stream_ids(ids, wanted)
+            with room_for("prompt"):
+                return model.stream_ids(ids, wanted)
 
-        return await self._texts("text", body, request, [partial(start, prompt) for prompt in body.prompts])
+        found = [
+            pieces(self.engine.stream(partial(start, prompt, one)))
+            for prompt in body.prompts
+            for one in _several(wanted, body.n)
+        ]
+        return await self._texts("text", body, request, found, len(body.prompts), logprobs=body.logprobs is not None)
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        asked = Sampling(
+            model=body.model, max_tokens=body.max_output_tokens, temperature=body.temperature, top_p=body.top_p
+        )
+        wanted = body.text.format.schema_wanted if body.text and body.text.format else None
+        if self.engine.is_classifier:
+            _refuse_for_labels(asked, {"tools": body.tools, "text": wanted, "top_logprobs": body.logprobs is not None})
+            found = await self._label_pieces(_last_user(body.conversation, "input"))
+        else:
+            choice, functions = choice_of(body.tool_choice, body.functions)
+            wish = Wish(functions, choice, body.parallel_tool_calls, wanted, "text", body.logprobs)
+            found = await self._conversation(asked, body.conversation, wish, "input", body.max_output_tokens)
+        made = ResponseBody(body, self.name, unique=uuid.uuid4().hex, created=int(time.time()))
+        if not body.stream:
+            (answer,) = await unless_gone(request, gathered(side_by_side(found), 1))
+            return PlainJSON(made.whole(answer))
+        rest = side_by_side(found)
+        first = await unless_gone(request, anext(rest))
+        return event_stream(response_events(EventWriter(made), first, rest))
+
+    async def _conversation(
+        self, body: Sampling, messages: Sequence[Message], wish: Wish, param: str, token_limit: int | None
+    ) -> list[AsyncGenerator[Piece, None]]:
+        """The choices of an answer to a conversation, not begun yet."""
+        told = self.engine.description.conversation(messages)
+        if wish.offered or any(message.role == "tool" or message.tool_calls for message in told):
+            self._need("tools", "tools" if wish.offered else param)
+        if wish.top_logprobs is not None:
+            self._need("logprobs", "logprobs" if param == "messages" else "top_logprobs")
+        form = check_controls(self.engine.model, told, wish.offered, param)
+        constraint = await asyncio.to_thread(constraint_of, wish, form)
+        if constraint is not None:
+            self._need(constraint.kind, "tool_choice" if wish.schema is None else wish.schema_param)
+        wanted = GenerationRequest(
+            told,
+            adapter=self.adapter_of(body.model),
+            tools=tuple(as_told(function) for function in wish.offered),
+            constraint=constraint,
+            top_logprobs=wish.top_logprobs,
+            **self._sampling(body, token_limit),
+        )
+        names = frozenset(function.name for function in wish.offered)
+        model = self.engine.generator
+
+        def start(wanted: GenerationRequest) -> Iterator[Delta]:
+            if token_limit is not None and isinstance(model, KnowsContext):
+                prompt_tokens = model.count_tokens(told, wanted.tools)
+                limit_param = "max_output_tokens" if param == "input" else "max_tokens"
+                check_room(prompt_tokens, token_limit, model.context_tokens, param, limit_param)
+            with room_for(param):
+                return model.stream(wanted)
+
+        return [
+            pieces(self.engine.stream(partial(start, one)), CallScanner(form, names) if names else None)
+            for one in _several(wanted, body.n)
+        ]
+
+    def _need(self, ability: Ability, param: str) -> None:
+        """Raises :class:`ApiError` where the engine has not got ``ability``."""
+        if ability not in abilities_of(self.engine.model):
+            raise unsupported(param, f"The engine of '{self.name}' ({self.engine.description.runtime}) cannot do this.")
 
     async def _labels(self, kind: Kind, body: Sampling, texts: list[str]) -> Response:
         """A classifier's answer in the shape of a completion: the likeliest label of each text."""
-        if body.temperature:
-            raise unsupported("temperature", "This model chooses a label and does not sample: leave it out, or send 0.")
-        if body.stops:
-            raise unsupported("stop", "This model answers with one label.")
-        probabilities, tokens = await self.engine.classify(texts)
-        labels = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
-        counts = usage(tokens, len(labels))
-        envelope = self._envelope(kind)
-        if not body.stream:
-            return JSONResponse(envelope.whole([(label, "stop") for label in labels], counts))
-        return _event_stream(_label_events(envelope, labels[0], counts if body.include_usage else None))
-
-    async def _texts(
-        self, kind: Kind, body: Sampling, request: Request, starts: Sequence[Callable[[], Iterator[Delta]]]
-    ) -> Response:
+        _refuse_for_labels(body, {})
+        found = await self._label_pieces(texts)
         envelope = self._envelope(kind)
         if body.stream:
-            deltas = self.engine.stream(starts[0])
-            # The first piece is waited for here: what goes wrong until then still gets its own status.
-            first = await unless_gone(request, anext(deltas))
-            return _event_stream(_text_events(envelope, first, deltas, include_usage=body.include_usage))
-        texts: list[tuple[str, str]] = []
-        prompt_tokens = completion_tokens = 0
-        for start in starts:
-            pieces, last = await unless_gone(request, self._whole(start))
-            texts.append((pieces, last.finish_reason or "stop"))
-            prompt_tokens += last.prompt_tokens
-            completion_tokens += last.completion_tokens
-        return JSONResponse(envelope.whole(texts, usage(prompt_tokens, completion_tokens)))
+            rest = side_by_side(found)
+            return event_stream(text_events(envelope, await anext(rest), rest, 1, include_usage=body.include_usage))
+        choices = await gathered(side_by_side(found), len(found))
+        return PlainJSON(envelope.whole(choices, usage_of(choices)))
 
-    async def _whole(self, start: Callable[[], Iterator[Delta]]) -> tuple[str, Delta]:
-        async with aclosing(self.engine.stream(start)) as deltas:
-            pieces = [delta async for delta in deltas]
-        return "".join(piece.text for piece in pieces), pieces[-1]
+    async def _label_pieces(self, texts: list[str]) -> list[AsyncGenerator[Piece, None]]:
+        probabilities, tokens = await self.engine.classify(texts)
+        labels = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        return [
+            as_pieces(Piece(label, finish_reason="stop", prompt_tokens=0 if index else tokens, completion_tokens=1))
+            for index, label in enumerate(labels)
+        ]
+
+    async def _texts(
+        self,
+        kind: Kind,
+        body: Sampling,
+        request: Request,
+        found: list[AsyncGenerator[Piece, None]],
+        prompts: int,
+        *,
+        logprobs: bool,
+    ) -> Response:
+        envelope = self._envelope(kind, logprobs=logprobs)
+        each = len(found) // prompts
+        if body.stream:
+            rest = side_by_side(found)
+            # The first piece is waited for here: what goes wrong until then still gets its own status.
+            first = await unless_gone(request, anext(rest))
+            return event_stream(text_events(envelope, first, rest, each, include_usage=body.include_usage))
+        choices = await unless_gone(request, gathered(side_by_side(found), len(found)))
+        return PlainJSON(envelope.whole(choices, usage_of(choices, each)))
 
     def _sampling(self, body: Sampling, max_tokens: int | None) -> dict[str, Any]:
         cap = self.max_new_tokens
         if cap is not None and (max_tokens or 0) > cap:
             raise ApiError(
-                400, f"This server writes at most {cap} tokens; {max_tokens} were asked for.", param="max_tokens",
+                400,
+                f"This server writes at most {cap} tokens; {max_tokens} were asked for.",
+                param="max_tokens",
                 code="max_tokens_exceeded",
-            )  # fmt: skip
+            )
         return {
             "max_tokens": max_tokens or min(DEFAULT_MAX_TOKENS, cap or DEFAULT_MAX_TOKENS),
             "temperature": body.temperature,
@@ -174,93 +261,50 @@ class Service:
             "stop": body.stops,
         }
 
-    def _envelope(self, kind: Kind) -> Envelope:
-        return Envelope(kind, self.name, unique=uuid.uuid4().hex, created=int(time.time()))
+    def _envelope(self, kind: Kind, *, logprobs: bool = False) -> Envelope:
+        return Envelope(kind, self.name, unique=uuid.uuid4().hex, created=int(time.time()), logprobs=logprobs)
 
 
-def ranking(labels: tuple[str, ...], row: Probabilities) -> dict[str, Any]:
-    """The likeliest label, how sure it is, and the five likeliest with their probabilities, best first."""
+def ranking(labels: tuple[str, ...], row: Probabilities, threshold: float | None = None) -> dict[str, Any]:
+    """The likeliest label, how sure it is, and the five likeliest with their probabilities, best first. ``abstain``
+    tells that the confidence is below ``threshold``: the answer should not be acted on."""
     best = row.argsort()[::-1][:TOP_LABELS]
     top = {labels[index]: round(float(row[index]), 6) for index in best}
     label = labels[best[0]]
-    return {"label": label, "confidence": top[label], "probabilities": top}
+    abstain = threshold is not None and float(row[best[0]]) < threshold
+    return {"label": label, "confidence": top[label], "abstain": abstain, "probabilities": top}
 
 
-def check_room(prompt_tokens: int, max_tokens: int, context_tokens: int, param: str) -> None:
-    """Refuse an answer that was asked for at a length for which there is no room.
-
-    Raises:
-        ApiError: with the numbers, and the parameter to change.
-    """
-    if prompt_tokens + max_tokens > context_tokens:
-        raise ApiError(
-            400,
-            f"The model's context holds {context_tokens} tokens; {prompt_tokens + max_tokens} were asked for: "
-            f"{prompt_tokens} in the {param} and {max_tokens} to be written.",
-            param="max_tokens" if prompt_tokens < context_tokens else param,
-            code="context_length_exceeded",
-        )
+def _several(wanted: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """One request a choice; with a seed, each has its own, so that they differ and can be had again."""
+    if wanted.seed is None:
+        return [wanted] * count
+    return [replace(wanted, seed=(wanted.seed + index) % 2**63) for index in range(count)]
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the caller hangs up.
-
-    Raises:
-        ClientGoneError: the caller has gone; nobody reads the answer.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGoneError
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
+def _last_user(messages: Sequence[Message], param: str) -> list[str]:
+    """Raises :class:`ApiError` where no user speaks."""
+    users = [message.content for message in messages if message.role == "user"]
+    if not users:
+        raise ApiError(400, "A classifier reads the last user message, and there is none.", param=param)
+    return users[-1:]
 
 
-class ClientGoneError(ConnectionError):
-    """Nobody waits for this answer any more."""
+def _refuse_for_labels(body: Sampling, more: Mapping[str, object]) -> None:
+    """Raises :class:`ApiError` for what has no effect on a label."""
+    if body.temperature:
+        raise unsupported("temperature", "This model chooses a label and does not sample: leave it out, or send 0.")
+    if body.stops:
+        raise unsupported("stop", "This model answers with one label.")
+    if body.n > 1:
+        raise unsupported("n", "This model has one answer.")
+    for name, value in more.items():
+        if value:
+            raise unsupported(name, "This model answers with one label. /v1/classify tells how sure it is.")
 
 
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _label_events(envelope: Envelope, label: str, counts: dict[str, int] | None) -> AsyncIterator[bytes]:
-    yield event(envelope.piece(label, first=True))
-    yield event(envelope.piece("", "stop"))
-    if counts:
-        yield event(envelope.counts(counts))
-    yield event("[DONE]")
-
-
-async def _text_events(
-    envelope: Envelope, first: Delta, rest: AsyncGenerator[Delta, None], *, include_usage: bool
-) -> AsyncIterator[bytes]:
-    """The chunks of an answer. Closing this stops the model: a caller that hangs up costs no more than one token."""
-    async with aclosing(rest):
-        try:
-            yield event(envelope.piece(first.text, first=True))
-            last = first
-            if not first.finish_reason:
-                async for delta in rest:
-                    last = delta
-                    if delta.text:
-                        yield event(envelope.piece(delta.text))
-            yield event(envelope.piece("", last.finish_reason))
-            if include_usage:
-                yield event(envelope.counts(usage(last.prompt_tokens, last.completion_tokens)))
-            yield event("[DONE]")
-        except Exception as error:  # noqa: BLE001 (the status is sent already: the error goes into the stream)
-            log.error("%s within a stream", type(error).__name__)
-            yield event(from_error(error).to_json())
-
-
-def _event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    # No buffering by a proxy in between: a token that waits is no stream.
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+def _no_states(name: str) -> ApiError:
+    return unsupported(
+        "model",
+        f"'{name}' gives no embeddings: its graph was made without them. compress.embeddings makes it with them.",
+    )
