@@ -53,12 +53,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts."""
+    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts, and the answer's ``logprob`` as
+    :class:`Generation` has it."""
 
     text: str
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    logprob: float | None = None
 
 
 @dataclass(frozen=True)
