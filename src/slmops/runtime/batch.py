@@ -15,12 +15,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
+from slmops.runtime.base import Delta, Generation, GenerationRequest, Generator, TextScore
+from slmops.runtime.careful import Careful, needs_care
 from slmops.runtime.description import ModelDescription
 
 Piece = Delta | Exception
@@ -82,9 +84,15 @@ class BatchGenerator(ABC):
     """A generator whose answers share the model's steps; see the module. Engines fill in the last four methods."""
 
     def __init__(
-        self, chat: ChatTokenizer, description: ModelDescription, context_tokens: int, end_ids: Iterable[int]
+        self,
+        chat: ChatTokenizer,
+        description: ModelDescription,
+        context_tokens: int,
+        end_ids: Iterable[int],
+        careful: Careful,
     ) -> None:
         self._chat = chat
+        self._careful = careful
         self.description = description
         self._context_tokens = context_tokens
         self._end_ids = frozenset(end_ids)
@@ -104,6 +112,11 @@ class BatchGenerator(ABC):
         """Whether a step would do anything."""
         return bool(self._arrived or self._running) or self._unsettled()
 
+    @property
+    def chat(self) -> ChatTokenizer:
+        """Tokenizer and template of the model."""
+        return self._chat
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of the prompt, template included."""
         return len(self._chat.encode_prompt(messages))
@@ -121,16 +134,19 @@ class BatchGenerator(ABC):
         streams = [self.stream(request) for request in requests]
         return [_whole(stream) for stream in streams]
 
-    def stream(self, request: GenerationRequest) -> BatchedStream:
-        """One answer, piece by piece; the last piece has the finish reason and the counts.
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """One answer, piece by piece; the last piece has the finish reason and the counts. A
+        :class:`BatchedStream`, but for an answer that the batch leaves to :class:`~slmops.runtime.careful.Careful`.
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
         return self.stream_ids(self._chat.encode_prompt(request.messages), request)
 
-    def stream_ids(self, prompt: list[int], request: GenerationRequest) -> BatchedStream:
+    def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
+        if needs_care(request):
+            return self._careful.stream_ids(prompt, request)
         if len(prompt) + 1 > self._context_tokens:
             raise ContextLengthError(len(prompt), self._context_tokens)
         self.description.adapter_of(request.adapter)
@@ -143,8 +159,8 @@ class BatchGenerator(ABC):
         return stream
 
     def score(self, conversations: Sequence[tuple[tuple[Message, ...], str]]) -> list[TextScore]:
-        """Raises :class:`NotImplementedError`: a batch that serves does not score."""
-        raise NotImplementedError(f"{type(self).__name__} does not tell how likely a given text is.")
+        """As the engine for one answer at a time does."""
+        return self._careful.use(lambda model: cast("Generator", model).score(conversations))
 
     def woken(self) -> None:
         """Tell whoever drives the batch."""
@@ -186,6 +202,7 @@ class BatchGenerator(ABC):
         self._closed = True
         self.fail_all(ServeError("The engine is closed.", remedy="Ask again."))
         self._free()
+        self._careful.close()
 
     def _let_go(self) -> None:
         for stream in [one for one in self._running if one.gone]:
@@ -254,7 +271,7 @@ class BatchGenerator(ABC):
         """Free the model."""
 
 
-def _whole(stream: BatchedStream) -> Generation:
+def _whole(stream: Iterator[Delta]) -> Generation:
     pieces = list(stream)
     last = pieces[-1]
     text = "".join(piece.text for piece in pieces)

@@ -50,6 +50,13 @@ def engines_of(folder: Path) -> tuple[str, ...]:
     return names
 
 
+def runs(name: str, folder: Path) -> bool:
+    """Whether the engine of that name is for models as the one in ``folder``, be it installed or not."""
+    description = _described(folder)
+    runtime = description.runtime if description else "torch"
+    return name in (*ENGINES.get(runtime, ()), *NAMED_ONLY.get(runtime, ()))
+
+
 def open_engine(name: str, folder: Path, *, threads: int | None = None) -> Generator:
     """The generator in ``folder``, in the engine of that name.
 
@@ -59,9 +66,9 @@ def open_engine(name: str, folder: Path, *, threads: int | None = None) -> Gener
     """
     if name not in ALL:
         raise UsageError(f"There is no engine named {name!r}.", remedy=f"Engines: {', '.join(ALL)}.")
-    description = _described(folder)
-    runtime = description.runtime if description else "torch"
-    if name not in (*ENGINES.get(runtime, ()), *NAMED_ONLY.get(runtime, ())):
+    if not runs(name, folder):
+        description = _described(folder)
+        runtime = description.runtime if description else "torch"
         known = ", ".join(engines_of(folder)) or "none"
         raise UsageError(f"{folder} was made for {runtime}, which {name} does not run.", remedy=f"It can: {known}.")
     match name:

@@ -7,7 +7,8 @@ own: a step reads at most :data:`READ_TOKENS` tokens of one new prompt, then wri
 Guarantees: greedy answers are those of :mod:`slmops.runtime.genai` but for rounding; the same seed gives the same
 sample; the cache is sized to what runs; a prompt that begins as a recent one did is read from where they differ.
 Nothing is sent anywhere.
-Not covered: adapters that switch at run time, constrained answers, scoring: :mod:`slmops.runtime.genai` does those.
+Answers under a constraint and scores are left to :mod:`slmops.runtime.genai`.
+Not covered: adapters that switch at run time.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from slmops.chat import ChatTokenizer
 from slmops.errors import CorruptArtifactError, ModelError
 from slmops.runtime.batch import BatchedStream, BatchGenerator
+from slmops.runtime.careful import Careful
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.genai import CONFIG_FILE, end_ids, read_config
+from slmops.runtime.genai import CONFIG_FILE, GenaiGenerator, end_ids, read_config
 from slmops.runtime.onnx_cache import Beginnings, CacheShape, RowCache
 from slmops.runtime.sampling import draw, log_softmax
 
@@ -46,9 +48,15 @@ class OnnxBatch(BatchGenerator):
     tells_logprobs = True
 
     def __init__(
-        self, session: Any, shape: CacheShape, chat: ChatTokenizer, description: ModelDescription, config: Any
+        self,
+        session: Any,
+        shape: CacheShape,
+        chat: ChatTokenizer,
+        description: ModelDescription,
+        config: Any,
+        careful: Careful,
     ) -> None:
-        super().__init__(chat, description, int(config["model"]["context_length"]), end_ids(chat, config))
+        super().__init__(chat, description, int(config["model"]["context_length"]), end_ids(chat, config), careful)
         self._session = session
         self._positions = any(one.name == POSITIONS for one in session.get_inputs())
         self._cache = RowCache(shape)
@@ -78,7 +86,9 @@ class OnnxBatch(BatchGenerator):
             )
         config = read_config(folder / CONFIG_FILE)
         session = _open(folder / str(config["model"]["decoder"]["filename"]), threads)
-        return cls(session, _cache_shape(session, config, folder), ChatTokenizer.load(folder), description, config)
+        careful = Careful(lambda: GenaiGenerator.load(folder, threads=threads))
+        shape = _cache_shape(session, config, folder)
+        return cls(session, shape, ChatTokenizer.load(folder), description, config, careful)
 
     def _most(self) -> int:
         return MAX_ROWS

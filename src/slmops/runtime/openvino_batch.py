@@ -7,7 +7,8 @@ cache has room: it holds :data:`CACHE_TOKENS` tokens, or one whole context where
 fills. A model of the precision fp32 or fp16 is computed and cached in fp32.
 OpenVINO computes models of 8 and 4 bits in bf16 where the processor has it. ``exact`` asks for fp32 instead, with the
 products of 8-bit numbers where the processor has those: often the faster of the two, hence measured and not assumed.
-Not covered: adapters, constrained answers, scoring; accelerators.
+Answers under a constraint and scores are left to :mod:`slmops.runtime.openvino`.
+Not covered: adapters; accelerators.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 from slmops.chat import ChatTokenizer
 from slmops.errors import CorruptArtifactError, MissingExtraError, ModelError
 from slmops.runtime.batch import BatchedStream, BatchGenerator
+from slmops.runtime.careful import Careful
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.openvino import EXACT, GRAPH_NAME, WEIGHTS_NAME, import_openvino
+from slmops.runtime.openvino import EXACT, GRAPH_NAME, WEIGHTS_NAME, OpenvinoGenerator, import_openvino
 
 BLOCK_TOKENS = 32
 """Tokens of one block of the engine's cache, on processors."""
@@ -39,8 +41,10 @@ class OpenvinoBatch(BatchGenerator):
 
     tells_logprobs = True
 
-    def __init__(self, pipeline: Any, chat: ChatTokenizer, description: ModelDescription) -> None:
-        super().__init__(chat, description, description.max_tokens, chat.eos_token_ids)
+    def __init__(
+        self, pipeline: Any, chat: ChatTokenizer, description: ModelDescription, careful: Careful
+    ) -> None:
+        super().__init__(chat, description, description.max_tokens, chat.eos_token_ids, careful)
         self._pipeline = pipeline
         self._handles: dict[BatchedStream, Any] = {}
         self._number = 0
@@ -69,7 +73,8 @@ class OpenvinoBatch(BatchGenerator):
         _check_files(folder)
         blocks = -(-max(cache_tokens, description.max_tokens) // BLOCK_TOKENS) + 1
         pipeline = _open(folder, _properties(description.precision, threads, exact), blocks)
-        return cls(pipeline, ChatTokenizer.load(folder), description)
+        careful = Careful(lambda: OpenvinoGenerator.load(folder, threads=threads))
+        return cls(pipeline, ChatTokenizer.load(folder), description, careful)
 
     def _most(self) -> int:
         return MAX_ANSWERS
