@@ -12,7 +12,7 @@ from pathlib import Path
 import benchmarks
 from slmops.evaluate.machine import machine_facts
 
-SHARED = {"__main__", "common"}
+SHARED = {"__main__", "common", "streaming", "bare_child", "served"}
 
 
 def names() -> list[str]:

@@ -4,7 +4,7 @@ Guarantees: engines are measured in a child process (:mod:`slmops.serve.measure_
 wants too much memory is out of the choice and nothing else; what was measured is kept under a key made of the models'
 digests, the machine, the versions of the engines, the threads and the number of callers, and is not measured again
 while these stay. The choice is about speed alone: whether a variant is good enough was decided by the gates before.
-Not covered: other programs that keep the machine busy while it is measured (``--remeasure`` does it again).
+What was measured on a busy machine is used once and not kept. Not covered: a machine that is busy for a moment only.
 """
 
 from __future__ import annotations
@@ -109,19 +109,27 @@ def choose(
         return Choice(one.engine, one.folder, "the only engine that can run it here")
     record = kept / f"{_key(candidates, digests, machine, clients, threads)}.json"
     speeds = None if again else _remembered(record, candidates)
-    before = speeds is not None
+    when = "measured here before"
     if speeds is None:
         speeds = measure(candidates, clients, threads, progress=progress)
-        _remember(record, speeds, candidates, machine)
+        when = "measured here just now"
+        if was_busy(_load_1min(), machine.get("cores")):
+            when += ", while other programs kept the machine busy, hence not remembered"
+        else:
+            _remember(record, speeds, candidates, machine)
     best = decide(speeds)
-    return Choice(best.engine, best.folder, reason(best, speeds, before=before), tuple(speeds))
+    return Choice(best.engine, best.folder, reason(best, speeds, when), tuple(speeds))
 
 
-def reason(best: Speed, speeds: Sequence[Speed], *, before: bool) -> str:
+def was_busy(load_1min: float | None, cores: int | None) -> bool:
+    """Whether more wanted a core than there are, the engine that was measured taken off. Pure."""
+    return load_1min is not None and cores is not None and load_1min > 2 * cores + 1
+
+
+def reason(best: Speed, speeds: Sequence[Speed], when: str) -> str:
     """What was measured, best first, in one sentence."""
     told = sorted(speeds, key=lambda speed: (speed is not best, -speed.crowd_per_s))
     numbers = [f"{one.engine} {one.crowd_per_s:.0f} and {one.alone_per_s:.0f}" for one in told]
-    when = "measured here before" if before else "measured here just now"
     if best.clients == 1:
         numbers = [f"{one.engine} {one.alone_per_s:.0f}" for one in told]
         return f"{when}: tokens/s for one caller: {', '.join(numbers)}"
@@ -189,6 +197,13 @@ def _key(
         "threads": threads,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load_1min() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):  # not on Windows
+        return None
 
 
 def _version(library: str) -> str | None:
