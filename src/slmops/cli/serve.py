@@ -14,6 +14,7 @@ import typer
 from slmops.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
+    from slmops.serve.choose import Choice
     from slmops.serve.reload import Version
     from slmops.serve.watch import Observer
 
@@ -31,6 +32,14 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of one forward pass.", show_default="chosen by the model's size")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="The engine underneath; auto measures those that can run the bundle, once, and takes the best."
+        ),
+    ] = "auto",
+    clients: Annotated[int, typer.Option(min=1, help="Callers at once that auto chooses for.")] = 8,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the engines again.")] = False,
     name: Annotated[
         str | None, typer.Option(help="What callers name the model.", show_default="the bundle's own name")
     ] = None,
@@ -80,18 +89,25 @@ def serve(
     from slmops.serve.server import bind, run
     from slmops.serve.tracing import Tracer
 
-    def load(source: str) -> tuple[Version, Engine]:
-        version = checked(source, store)
-        return version, Engine.open(version.folder, threads=threads, max_waiting=max_waiting)
+    def find(source: str) -> tuple[Version, Choice | None]:
+        return checked(source, store, engine=engine, clients=clients, threads=threads, again=remeasure)
 
-    first = checked(bundle, store)
+    def opened_from(version: Version, choice: Choice | None) -> Engine:
+        chosen = choice.engine if choice else None
+        return Engine.open(version.folder, threads=threads, max_waiting=max_waiting, engine=chosen)
+
+    def load(source: str) -> tuple[Version, Engine]:
+        version, choice = find(source)
+        return version, opened_from(version, choice)
+
+    first, choice = find(bundle)
     with ExitStack() as stack:
         listening = stack.enter_context(bind(host, port))
         request_log: Observer = log_line
         if log_format == "json":
             log_as_json()
             request_log = stack.enter_context(RequestLog())
-        opened = Engine.open(first.folder, threads=threads, max_waiting=max_waiting)
+        opened = opened_from(first, choice)
         description = opened.description
         model = name or description.name or Path(bundle).resolve().name
         options = ServeOptions(model, keys, int(max_body_mb * 2**20), max_tokens)
@@ -102,8 +118,10 @@ def serve(
         def ready(url: str) -> None:
             if as_json:
                 told = {"url": url, "model": model, "form": description.form, "digest": first.digest or None}
-                typer.echo(json.dumps(told))
+                typer.echo(json.dumps({**told, **({"engine": choice.engine} if choice else {})}))
                 return
+            if choice:
+                typer.echo(f"Engine: {choice.engine} ({choice.why}).", err=True)
             typer.echo(
                 f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n"
                 f"  {example(url, model, description.form, with_key=keys is not None)}\n"
@@ -128,37 +146,32 @@ def _supervised(host: str, port: int) -> int:
         return supervise([sys.executable, "-m", "slmops", *arguments], listening)
 
 
-def checked(source: str, store: Path) -> Version:
-    """What ``source`` leads to now, compared with its digests. A link is followed here: it may be turned to another
-    version while this one answers.
+def checked(
+    source: str, store: Path, *, engine: str, clients: int, threads: int | None, again: bool
+) -> tuple[Version, Choice | None]:
+    """What ``source`` leads to now, compared with its digests, and the engine for it. A link is followed here: it may be
+    turned to another version while this one answers.
 
     Raises:
         SlmopsError: nothing that can be served, or bytes that have changed.
     """
+    from slmops.cli.serving import choose_engine, published
     from slmops.package import check_digests, resolve_model_folder
     from slmops.serve.reload import Version
 
-    path = _published(source, store) if source.startswith(("pypi:", "hf:")) else Path(source)
-    real = path.resolve() if path.exists() else path
-    return Version(source, resolve_model_folder(real), check_digests(real) or "")
+    if source.startswith(("pypi:", "hf:")):
+        paths = published(source, store, engine=engine)
+    else:
+        path = Path(source)
+        paths = [path.resolve() if path.exists() else path]
+    choice = choose_engine(paths, engine=engine, clients=clients, threads=threads, again=again)
+    folder = Path(choice.folder) if choice else resolve_model_folder(paths[0])
+    return Version(source, folder, check_digests(folder) or ""), choice
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches ``host``."""
     return host == "localhost" or host.startswith("127.") or host == "::1"
-
-
-def _published(source: str, store: Path) -> Path:
-    """The folder of a published model at four bits, fetched and converted the first time."""
-    from slmops.cli.render import progress_bars
-    from slmops.store import Store
-
-    try:
-        from slmops.pipeline import base_variant
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"Serving a published model (it needs {error.name})", "train") from None
-    with Store.open(store) as opened, progress_bars() as progress:
-        return base_variant(source, opened, progress=progress).path
 
 
 def example(url: str, model: str, form: str, *, with_key: bool = False) -> str:

@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from slmops.artifacts import Artifact, Bundle, Dataset, Report, Variant
-from slmops.compress import check_formats, export_generator
+from slmops.artifacts import Artifact, Bundle, Dataset, Draft, Report, Variant
+from slmops.compress import check_formats, export_format, export_generator
 from slmops.distill import Estimate, check_remote_allowed
 from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
@@ -50,11 +50,21 @@ from slmops.pipeline.teach import (
     prepare_data,
 )
 from slmops.progress import ProgressSink, ignore
-from slmops.recipe import Precision, Recipe
+from slmops.recipe import FormatConfig, Precision, Recipe
 from slmops.store import Store, code_version
 
-__all__ = ["STAGES", "RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe", "run_until"]
+__all__ = [
+    "STAGES",
+    "BaseForm",
+    "RunResult",
+    "base_variant",
+    "distill_recipe",
+    "estimate_recipe",
+    "run_recipe",
+    "run_until",
+]
 
+BaseForm = Literal["onnx", "openvino", "gguf"]
 SERVED_MAX_TOKENS = 2048
 TRAIN_ONLY = ("method", "loss", "forgetting", "trackers", "processes", "checkpoint_activations")
 """Keys of ``train`` that ``slmops train`` honours and a run's student does not know."""
@@ -204,31 +214,45 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
 
 
 def base_variant(
-    source: str, store: Store, *, precision: Precision = "int4", offline: bool = False, progress: ProgressSink = ignore
+    source: str,
+    store: Store,
+    *,
+    precision: Precision = "int4",
+    form: BaseForm = "onnx",
+    offline: bool = False,
+    progress: ProgressSink = ignore,
 ) -> Variant:
     """A language model as it was published, made ready to be served: for a look, or as a teacher on this machine.
+    ``form``: for which engine; ``precision`` is of the first two, GGUF is written in Q4_K_M.
 
     Raises:
         ModelError, ConversionError: as fetching and exporting do.
+        MissingExtraError: what the form needs is not installed.
     """
     model = fetch_model(source, offline=offline, progress=progress)
     name = source.partition(":")[2].partition("@")[0].rsplit("/", 1)[-1] or model.path.name
+    common: dict[str, Any] = {
+        "task": "generation",
+        "name": name,
+        "max_tokens": SERVED_MAX_TOKENS,
+        "system": None,
+        "progress": progress,
+    }
+
+    def build(draft: Draft) -> None:
+        if form == "onnx":
+            export_generator(model.path, draft, precision=precision, **common)
+        else:
+            settings = FormatConfig(format=form, quantization=precision if form == "openvino" else "q4_k_m")
+            export_format(model.path, draft, settings, **common)
+
     return store.stage(
-        f"base-{precision}",
+        f"base-{precision}" if form == "onnx" else f"base-{form}",
         Variant,
         inputs={"model": model.digest},
-        config={"precision": precision, "name": name},
+        config={"precision": precision, "name": name} | ({} if form == "onnx" else {"form": form}),
         code_version=code_version("slmops.compress"),
-        build=lambda draft: export_generator(
-            model.path,
-            draft,
-            precision=precision,
-            task="generation",
-            name=name,
-            max_tokens=SERVED_MAX_TOKENS,
-            system=None,
-            progress=progress,
-        ),
+        build=build,
     ).artifact
 
 

@@ -92,14 +92,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts. ``tokens``: those since the piece
-    before, where the request asked for ``top_logprobs``."""
+    """A piece of a streamed answer. The last one has a ``finish_reason`` and counts, and the answer's ``logprob`` as
+    :class:`Generation` has it. ``tokens``: those since the piece before, where the request asked for
+    ``top_logprobs``."""
 
     text: str
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     tokens: tuple[TokenLogprob, ...] = ()
+    logprob: float | None = None
 
 
 @dataclass(frozen=True)

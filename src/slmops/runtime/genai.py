@@ -60,7 +60,7 @@ class GenaiGenerator:
         self._masks: Masks | None = None
         self._read: set[str] = set()
         self._folder = folder
-        self._end_ids = frozenset(chat.eos_token_ids) | _ids(config["model"].get("eos_token_id"))
+        self._end_ids = end_ids(chat, config)
 
     @classmethod
     def load(cls, path: Path | str, *, threads: int | None = None) -> GenaiGenerator:
@@ -78,7 +78,7 @@ class GenaiGenerator:
                 f"{folder} holds a {description.form} for {description.runtime}, not a generator for onnx-genai.",
                 remedy="Name a variant that was compressed for an open task.",
             )
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_config(folder / CONFIG_FILE)
         return cls(_open_model(folder, threads), ChatTokenizer.load(folder), description, config, folder)
 
     @property
@@ -386,13 +386,15 @@ def _is_guided(request: GenerationRequest) -> bool:
     return request.constraint is not None or request.top_logprobs is not None
 
 
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset([value] if isinstance(value, int) else value)
+def end_ids(chat: ChatTokenizer, config: Mapping[str, Any]) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those of ``genai_config.json``."""
+    named: int | list[int] | None = config["model"].get("eos_token_id")
+    ids = [] if named is None else [named] if isinstance(named, int) else named
+    return frozenset(chat.eos_token_ids) | frozenset(ids)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """``genai_config.json``, checked as far as it is read here."""
     remedy = "Fetch the bundle anew, or run again."
     try:
         config: dict[str, Any] = json.loads(path.read_text("utf-8"))

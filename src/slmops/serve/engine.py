@@ -1,14 +1,21 @@
-"""One model, many callers: a queue with a bound in front of a single worker thread.
+"""One model, many callers: a bound on how many, and one of three ways to run them.
 
-Guarantees: the event loop never waits for the model; calls run one at a time, first come first served; with more than
-``max_waiting`` calls at hand the next one is refused at once, so that latency stays bounded; a caller that goes away
-stops its generation after the token at hand, and a call still waiting is dropped unrun.
-Not covered: continuous batching of generations.
+============ ==========================================================================================================
+one by one   any model: calls run on one thread, first come first served
+side by side a model that says how many answers it writes at once (``at_once``): so many threads
+in a batch   a :class:`~slmops.runtime.batch.BatchGenerator`: one thread steps, answers join and leave between steps
+============ ==========================================================================================================
+
+Guarantees: the event loop never waits for the model; with more than ``max_waiting`` calls at hand the next one is
+refused at once, so that latency stays bounded; a caller that goes away stops its generation after the token at hand,
+and a call still waiting is dropped unrun. A batch whose engine fails ends the answers at hand with an error, and is
+opened anew; :attr:`Engine.restarts` counts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -19,10 +26,13 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 from slmops.artifacts import Message
 from slmops.chat import Tools
 from slmops.errors import ServeError
-from slmops.runtime import open_classifier, open_generator
+from slmops.runtime import open_classifier
 from slmops.runtime.base import Classifier, Delta, GenerationRequest, Generator, Probabilities
+from slmops.runtime.batch import BatchedStream, BatchGenerator
 from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
+from slmops.runtime.engines import engines_of, open_engine
+from slmops.serve.batch_loop import BatchLoop, Pieces
 from slmops.serve.watch import watching
 
 T = TypeVar("T")
@@ -65,25 +75,62 @@ class BusyError(ServeError):
 
 
 class Engine:
-    """See the module. ``model`` and ``description`` must fit together."""
+    """See the module. ``model`` and ``description`` must fit together. ``name``: of the engine underneath, as
+    ``--engine`` names it. ``reopen``: opens the model again after a failure of a batch."""
 
     def __init__(
-        self, model: Classifier | Generator, description: ModelDescription, *, max_waiting: int = MAX_WAITING
+        self,
+        model: Classifier | Generator,
+        description: ModelDescription,
+        *,
+        max_waiting: int = MAX_WAITING,
+        name: str = "",
+        reopen: Callable[[], BatchGenerator] | None = None,
     ) -> None:
-        self.model = model
+        self._model = model
         self.description = description
         self.max_waiting = max_waiting
+        self.name = name
         self.closed = False
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        batched = isinstance(model, BatchGenerator)
+        self._batch = BatchLoop(model, reopen) if batched else None
+        at_once = 1 if batched else int(getattr(model, "at_once", 1))
+        self._worker = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="model")
+        readers = min(max_waiting, 4 * (os.cpu_count() or 1))
+        self._readers = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="read") if batched else self._worker
         self._at_hand = 0  # touched by the event loop's thread alone
         self._call_s = 0.0  # moving average
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int | None = None, max_waiting: int = MAX_WAITING) -> Engine:
-        """Load the model folder; errors as :func:`slmops.runtime.open_generator`."""
+    def open(
+        cls, folder: Path, *, threads: int | None = None, max_waiting: int = MAX_WAITING, engine: str | None = None
+    ) -> Engine:
+        """Load the model folder with the engine of that name; None takes the first of
+        :func:`slmops.runtime.engines.engines_of`. Errors as :func:`slmops.runtime.engines.open_engine`."""
         description = ModelDescription.read(folder)
-        opener = open_classifier if description.form == "classifier" else open_generator
-        return cls(opener(folder, threads=threads), description, max_waiting=max_waiting)
+        if description.form == "classifier":
+            return cls(open_classifier(folder, threads=threads), description, max_waiting=max_waiting)
+        name = engine or engines_of(folder)[0]
+        model = open_engine(name, folder, threads=threads)
+
+        def reopen() -> BatchGenerator:
+            return cast("BatchGenerator", open_engine(name, folder, threads=threads))
+
+        return cls(model, description, max_waiting=max_waiting, name=name, reopen=reopen)
+
+    @property
+    def model(self) -> Classifier | Generator:
+        return self._model if self._batch is None else self._batch.model
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls can be answered."""
+        return not self.closed and (self._batch is None or self._batch.dead is None)
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine failed and was opened anew."""
+        return 0 if self._batch is None else self._batch.restarts
 
     @property
     def is_classifier(self) -> bool:
@@ -127,12 +174,17 @@ class Engine:
         self._enter()
         started = time.perf_counter()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, watching().begun(work))
+            timed = watching().begun(work)
+            if self._batch is not None:
+                return await asyncio.wrap_future(self._batch.submit(timed))
+            return await asyncio.get_running_loop().run_in_executor(self._worker, timed)
         finally:
             self._leave(started)
 
     async def stream(self, start: Callable[[], Iterator[Delta]]) -> AsyncGenerator[Delta, None]:
-        """The pieces of one answer. ``start`` and every step of its iterator run on the model's thread.
+        """The pieces of one answer. ``start`` and every step of its iterator run on a thread of the model's. Where the
+        model writes in a batch, ``start`` may run beside a step, and what it gives joins the batch; an iterator that
+        ``start`` has wrapped is followed by a thread of its own.
 
         Raises:
             BusyError: the queue is full.
@@ -140,8 +192,9 @@ class Engine:
         self._enter()
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        pieces: Pieces = asyncio.Queue()
         gone = threading.Event()
+        joined: list[BatchedStream] = []
 
         def put(piece: Delta | BaseException | None) -> None:
             if not loop.is_closed():
@@ -149,18 +202,29 @@ class Engine:
 
         def work() -> None:
             try:
-                if not gone.is_set():
-                    for piece in start():
-                        put(piece)
-                        if gone.is_set():
-                            break
+                if gone.is_set():
+                    return
+                source = start()
+                if self._batch is not None and isinstance(source, BatchedStream):
+                    joined.append(source)
+                    if gone.is_set():
+                        source.close()
+                    self._batch.follow(source, loop, pieces)  # which ends with the None
+                    return
+                for piece in source:
+                    put(piece)
+                    if gone.is_set():
+                        break
+                else:
+                    put(None)
+                    return
+                _close(source)
             except BaseException as error:  # noqa: BLE001 (raised again on the caller's side)
                 put(error)
-            finally:
-                put(None)
+            put(None)
 
         watch = watching()
-        future = loop.run_in_executor(self._worker, watch.begun(work))
+        future = loop.run_in_executor(self._readers, watch.begun(work))
         try:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -169,14 +233,20 @@ class Engine:
                 yield piece
         finally:
             gone.set()
+            for source in joined:
+                source.close()
             future.cancel()
             self._leave(started)
 
     def close(self) -> None:
         """End after the call at hand; calls that wait are dropped."""
         self.closed = True
+        if self._batch is not None:
+            self._batch.close()
         self._worker.shutdown(wait=True, cancel_futures=True)
-        self.model.close()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        if self._batch is None:
+            self.model.close()
 
     def _enter(self) -> None:
         if self._at_hand >= self.max_waiting:
@@ -188,3 +258,9 @@ class Engine:
         # What a caller waited, divided by those who waited with it: about the time of one call.
         share_s = (time.perf_counter() - started) / (self._at_hand + 1)
         self._call_s = 0.8 * self._call_s + 0.2 * share_s
+
+
+def _close(source: Iterator[Delta]) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
