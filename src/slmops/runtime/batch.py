@@ -99,6 +99,8 @@ class BatchGenerator(ABC):
         self._arrived: deque[BatchedStream] = deque()
         self._running: list[BatchedStream] = []
         self._closed = False
+        self.tells_logprobs = False
+        """Whether answers tell how likely they were (``logprob``): costs some percent of the speed."""
         self.driven: Callable[[], None] | None = None
         """Who steps the batch sets this: called when there may be something to do."""
 
@@ -110,7 +112,12 @@ class BatchGenerator(ABC):
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._arrived or self._running) or self._unsettled()
+        return bool(self._arrived or self._running)
+
+    @property
+    def running(self) -> int:
+        """Answers at hand."""
+        return len(self._running)
 
     @property
     def chat(self) -> ChatTokenizer:
@@ -182,7 +189,7 @@ class BatchGenerator(ABC):
         self._let_go()
         try:
             self._take_in()
-            if self._running or self._unsettled():
+            if self._running:
                 for stream, token, logprob in self._advance():
                     self._push(stream, token, logprob)
         except Exception as error:
@@ -244,15 +251,9 @@ class BatchGenerator(ABC):
         self._running.remove(stream)
         self._drop(stream)
 
-    tells_logprobs = False
-
     def _most(self) -> int:
         """Answers that may run at once."""
         return 64
-
-    def _unsettled(self) -> bool:
-        """Whether the engine needs a step to let go what was given up."""
-        return False
 
     @abstractmethod
     def _admit(self, stream: BatchedStream) -> None:
