@@ -59,8 +59,9 @@ def run(core: Core, commands: queue.SimpleQueue[dict[str, Any] | None], out: Tex
             command = commands.get()
             if command is None:
                 return
-            refused = core.take(command)
-            if refused:
+            if "drop" in command:
+                core.drop(command["drop"])
+            elif refused := core.admit(command):
                 tell(out, refused)
         tell(out, {"step": core.step()})
 
@@ -82,17 +83,21 @@ class Core:
     def busy(self) -> bool:
         return bool(self._handles) or self._leaving
 
-    def take(self, command: dict[str, Any]) -> dict[str, Any] | None:
-        """Admit or drop one answer; what to tell where it is refused."""
-        if "drop" in command:
-            self._drop(command["drop"])
-            return None
-        number = command["admit"]
+    def admit(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """Take an answer in; what to tell where it is refused."""
+        number = asked["admit"]
         try:
-            self._handles[number] = self._admitted(number, command)
+            self._handles[number] = self._admitted(number, asked)
         except RuntimeError as error:
             return {"refused": number, "why": str(error).strip().splitlines()[-1]}
         return None
+
+    def drop(self, number: int) -> None:
+        """Nobody wants the rest of this answer."""
+        handle = self._handles.pop(number, None)
+        if handle is not None:
+            handle.cancel()
+            self._leaving = True  # its blocks are freed by the next step
 
     def step(self) -> list[list[Any]]:
         """One step: the new tokens of each answer, and whether it ended."""
@@ -131,12 +136,6 @@ class Core:
             settings.temperature, settings.top_p = command["temperature"], command["top_p"]
             settings.rng_seed = command["seed"]
         return self._pipeline.add_request(number, openvino.Tensor(np.asarray([command["prompt"]], np.int64)), settings)
-
-    def _drop(self, number: int) -> None:
-        handle = self._handles.pop(number, None)
-        if handle is not None:
-            handle.cancel()
-            self._leaving = True  # its blocks are freed by the next step
 
 
 def opened(folder: str, properties: dict[str, Any], blocks: int) -> Any:
