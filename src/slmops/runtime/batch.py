@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer
+from slmops.chat import ChatTokenizer, Tools
 from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Delta, Generation, GenerationRequest, Generator, TextScore
+from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, Generator, TextScore
 from slmops.runtime.careful import Careful, needs_care
 from slmops.runtime.description import ModelDescription
 
@@ -99,6 +99,8 @@ class BatchGenerator(ABC):
         self._arrived: deque[BatchedStream] = deque()
         self._running: list[BatchedStream] = []
         self._closed = False
+        self.tells_logprobs = False
+        """Whether answers tell how likely they were (``logprob``): costs some percent of the speed."""
         self.driven: Callable[[], None] | None = None
         """Who steps the batch sets this: called when there may be something to do."""
 
@@ -110,16 +112,26 @@ class BatchGenerator(ABC):
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._arrived or self._running) or self._unsettled()
+        return bool(self._arrived or self._running)
+
+    @property
+    def running(self) -> int:
+        """Answers at hand."""
+        return len(self._running)
 
     @property
     def chat(self) -> ChatTokenizer:
         """Tokenizer and template of the model."""
         return self._chat
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What the batch leaves to :class:`~slmops.runtime.careful.Careful` is of the same model."""
+        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
+
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
         """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages))
+        return len(self._chat.encode_prompt(messages, tools))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
@@ -141,7 +153,7 @@ class BatchGenerator(ABC):
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
@@ -182,7 +194,7 @@ class BatchGenerator(ABC):
         self._let_go()
         try:
             self._take_in()
-            if self._running or self._unsettled():
+            if self._running:
                 for stream, token, logprob in self._advance():
                     self._push(stream, token, logprob)
         except Exception as error:
@@ -244,15 +256,9 @@ class BatchGenerator(ABC):
         self._running.remove(stream)
         self._drop(stream)
 
-    tells_logprobs = False
-
     def _most(self) -> int:
         """Answers that may run at once."""
         return 64
-
-    def _unsettled(self) -> bool:
-        """Whether the engine needs a step to let go what was given up."""
-        return False
 
     @abstractmethod
     def _admit(self, stream: BatchedStream) -> None:

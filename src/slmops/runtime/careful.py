@@ -13,13 +13,11 @@ from typing import Any, TypeVar
 from slmops.runtime.base import Delta, GenerationRequest, Generator
 
 T = TypeVar("T")
-NEEDS = ("constraint", "top_logprobs")
-"""Fields of a request that want every position's logits looked at."""
 
 
 def needs_care(request: GenerationRequest) -> bool:
-    """Whether a batch cannot write this answer as it was asked for."""
-    return any(getattr(request, name, None) is not None for name in NEEDS)
+    """Whether a batch cannot write this answer as it was asked for: each token's logits have to be looked at."""
+    return request.constraint is not None or request.top_logprobs is not None
 
 
 class Careful:

@@ -45,8 +45,6 @@ class OnnxBatch(BatchGenerator):
     """See the module. The rows of answers that are being written come first in the cache; the row that is being read,
     if any, is the last."""
 
-    tells_logprobs = True
-
     def __init__(
         self,
         session: Any,
@@ -131,7 +129,7 @@ class OnnxBatch(BatchGenerator):
             self._beginnings.keep(prompt, self._cache.copy_out(place, total))
         self._rows.append(row)
         self._reading, self._binding = None, None
-        yield row.stream, *row.choose(logits[0, -1])
+        yield row.stream, *row.choose(logits[0, -1], tell=self.tells_logprobs)
 
     def _write(self, rows: list[_Row]) -> Iterator[tuple[BatchedStream, int, float]]:
         if self._binding is None or self._bound != len(rows):
@@ -143,7 +141,7 @@ class OnnxBatch(BatchGenerator):
         logits = self._run(self._binding, ids, mask, lengths)[:, -1]
         for row, row_logits in zip(rows, logits, strict=True):
             row.length += 1
-            yield row.stream, *row.choose(row_logits)
+            yield row.stream, *row.choose(row_logits, tell=self.tells_logprobs)
 
     def _bind(self, first: int, count: int) -> Any:
         """The cache's rows from ``first`` on as inputs and, in the same memory, as outputs."""
@@ -207,12 +205,12 @@ class _Row:
     def most_tokens(self) -> int:
         return len(self.stream.answer.prompt) + self.stream.answer.max_tokens
 
-    def choose(self, logits: NDArray[np.floating]) -> tuple[int, float]:
-        """The next token and its log-probability (nats); ``logits``: ``[vocabulary]``."""
+    def choose(self, logits: NDArray[np.floating], *, tell: bool) -> tuple[int, float]:
+        """The next token and, where it is to be told, its log-probability (nats); ``logits``: ``[vocabulary]``."""
         request = self.stream.request
         if request.temperature <= 0:
             self.token = int(logits.argmax())
-            return self.token, -float(np.log(np.exp(logits - logits[self.token]).sum()))
+            return self.token, -float(np.log(np.exp(logits - logits[self.token]).sum())) if tell else 0.0
         logprobs = log_softmax(logits)
         self.token = draw(logprobs, request.temperature, request.top_p, self._random)
         return self.token, float(logprobs[self.token])

@@ -4,7 +4,8 @@ Guarantees: the prompt's ids are those of :mod:`slmops.chat`, and so are the end
 greedy answers by the largest logit; the same seed gives the same sample on the same machine. The keys and values of a
 prompt's beginning are kept and found again by whoever begins alike (a system prompt is computed once), as long as the
 cache has room: it holds :data:`CACHE_TOKENS` tokens, or one whole context where that is more; memory is taken as it
-fills. A model of the precision fp32 or fp16 is computed and cached in fp32.
+fills. A model of the precision fp32 or fp16 is computed and cached in fp32. The engine runs in a child process
+(:mod:`slmops.runtime.openvino_batch_child`): its death is an error here and no more, and it never outlives us.
 OpenVINO computes models of 8 and 4 bits in bf16 where the processor has it. ``exact`` asks for fp32 instead, with the
 products of 8-bit numbers where the processor has those: often the faster of the two, hence measured and not assumed.
 Answers under a constraint and scores are left to :mod:`slmops.runtime.openvino`.
@@ -14,26 +15,31 @@ Not covered: adapters; accelerators.
 from __future__ import annotations
 
 import contextlib
+import json
+import queue
 import secrets
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slmops.chat import ChatTokenizer
-from slmops.errors import CorruptArtifactError, MissingExtraError, ModelError
+from slmops.errors import CorruptArtifactError, MissingExtraError, ModelError, ServeError
 from slmops.runtime.batch import BatchedStream, BatchGenerator
 from slmops.runtime.careful import Careful
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.openvino import EXACT, GRAPH_NAME, WEIGHTS_NAME, OpenvinoGenerator, import_openvino
+from slmops.runtime.openvino import EXACT, GRAPH_NAME, WEIGHTS_NAME, OpenvinoGenerator
+from slmops.runtime.openvino_batch_child import MAX_ANSWERS
 
 BLOCK_TOKENS = 32
 """Tokens of one block of the engine's cache, on processors."""
 CACHE_TOKENS = 16_384
 """Of all answers at hand and of beginnings that are kept: 240 MB for a model of 135 M, once they are filled."""
-MAX_ANSWERS = 64
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
+END_S = 5.0
+Told = Mapping[str, Any]
 
 
 class OpenvinoBatch(BatchGenerator):
@@ -41,12 +47,12 @@ class OpenvinoBatch(BatchGenerator):
 
     tells_logprobs = True
 
-    def __init__(self, pipeline: Any, chat: ChatTokenizer, description: ModelDescription, careful: Careful) -> None:
+    def __init__(self, child: _Child, chat: ChatTokenizer, description: ModelDescription, careful: Careful) -> None:
         super().__init__(chat, description, description.max_tokens, chat.eos_token_ids, careful)
-        self._pipeline = pipeline
-        self._handles: dict[BatchedStream, Any] = {}
+        self._child = child
+        self._numbers: dict[BatchedStream, int] = {}
+        self._streams: dict[int, BatchedStream] = {}
         self._number = 0
-        self._leaving = False
 
     @classmethod
     def load(
@@ -69,69 +75,137 @@ class OpenvinoBatch(BatchGenerator):
                 remedy="Name a variant that was exported with the format openvino.",
             )
         _check_files(folder)
+        chat = ChatTokenizer.load(folder)
         blocks = -(-max(cache_tokens, description.max_tokens) // BLOCK_TOKENS) + 1
-        pipeline = _open(folder, _properties(description.precision, threads, exact), blocks)
-        careful = Careful(lambda: OpenvinoGenerator.load(folder, threads=threads))
-        return cls(pipeline, ChatTokenizer.load(folder), description, careful)
+        child = _Child(folder.resolve(), _properties(description.precision, threads, exact), blocks)
+        return cls(child, chat, description, Careful(lambda: OpenvinoGenerator.load(folder, threads=threads)))
+
+    @property
+    def pid(self) -> int:
+        """Of the process that computes."""
+        return self._child.pid
+
+    def woken(self) -> None:
+        self._child.told.put({})  # whoever waits for tokens looks at what has come
+        super().woken()
 
     def _most(self) -> int:
         return MAX_ANSWERS
 
     def _admit(self, stream: BatchedStream) -> None:
-        import openvino
-
         self._number += 1
-        ids = openvino.Tensor(np.asarray([stream.answer.prompt], np.int64))
-        self._handles[stream] = self._pipeline.add_request(self._number, ids, self._settings(stream))
-
-    def _settings(self, stream: BatchedStream) -> Any:
-        import openvino_genai
-
+        self._numbers[stream], self._streams[self._number] = self._number, stream
         request = stream.request
-        settings = openvino_genai.GenerationConfig()
-        settings.max_new_tokens = stream.answer.max_tokens
-        settings.apply_chat_template = False
-        settings.stop_token_ids = set(self._end_ids)
-        settings.logprobs = 1
-        settings.do_sample = request.temperature > 0
-        if settings.do_sample:
-            settings.temperature, settings.top_p = request.temperature, request.top_p
-            settings.rng_seed = secrets.randbits(31) if request.seed is None else request.seed % 2**31
-        return settings
+        self._child.tell(
+            {
+                "admit": self._number,
+                "prompt": stream.answer.prompt,
+                "tokens": stream.answer.max_tokens,
+                "ends": sorted(self._end_ids),
+                "logprobs": self.tells_logprobs,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "seed": secrets.randbits(31) if request.seed is None else request.seed % 2**31,
+            }
+        )
 
     def _advance(self) -> Iterator[tuple[BatchedStream, int, float]]:
-        import openvino_genai
-
-        self._leaving = False
-        self._pipeline.step()
-        done = (openvino_genai.GenerationStatus.FINISHED, openvino_genai.GenerationStatus.IGNORED)
-        for stream, handle in list(self._handles.items()):
-            if handle.can_read():
-                for output in handle.read().values():
-                    for token, logprob in zip(output.generated_ids, output.generated_log_probs, strict=False):
-                        yield stream, int(token), float(logprob)
-            if stream in self._handles and handle.get_status() in done:
+        told = self._child.told.get()
+        if told is None:
+            raise ServeError(
+                f"OpenVINO's process ended with exit code {self._child.exit_code}.", remedy="It is started again."
+            )
+        if "refused" in told:
+            self._refuse(told)
+        for number, tokens, logprobs, ended in told.get("step", ()):
+            stream = self._streams.get(number)
+            if stream is None:  # it has ended here, and the word had not reached the child
+                continue
+            for place, token in enumerate(tokens):
+                yield stream, token, logprobs[place] if logprobs else 0.0
+            if ended and number in self._streams:
                 self._finish(stream)  # it ended by itself, and no token of ours said so
 
+    def _refuse(self, told: Told) -> None:
+        stream = self._streams.get(told["refused"])
+        if stream is not None:
+            self._running.remove(stream)
+            self._forget(stream)
+            stream.put(ModelError(f"OpenVINO does not take this request: {told['why']}"), last=True)
+
     def _drop(self, stream: BatchedStream) -> None:
-        import openvino_genai
+        number = self._forget(stream)
+        if number is not None:
+            self._child.tell({"drop": number})
 
-        handle = self._handles.pop(stream, None)
-        if handle is not None and handle.get_status() == openvino_genai.GenerationStatus.RUNNING:
-            handle.cancel()
-            self._leaving = True  # its blocks are freed by the next step
-
-    def _unsettled(self) -> bool:
-        return self._leaving
+    def _forget(self, stream: BatchedStream) -> int | None:
+        number = self._numbers.pop(stream, None)
+        if number is not None:
+            del self._streams[number]
+        return number
 
     def _free(self) -> None:
-        with contextlib.suppress(RuntimeError):  # of an engine that has failed already
-            for handle in self._handles.values():
-                handle.cancel()
-            if self._leaving or self._handles:
-                self._pipeline.step()
-        self._handles.clear()
-        self._pipeline = None
+        self._numbers.clear()
+        self._streams.clear()
+        self._child.close()
+
+
+class _Child:
+    """The process. ``told``: what it says, in order; None once it has ended."""
+
+    def __init__(self, folder: Path, properties: Mapping[str, Any], blocks: int) -> None:
+        command = [sys.executable, "-m", "slmops.runtime.openvino_batch_child"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
+        self.tell({"folder": str(folder), "properties": dict(properties), "blocks": blocks})
+        first = self._line()
+        if "ready" not in first:
+            self.close()
+            if first.get("missing"):
+                raise MissingExtraError("Continuous batching over OpenVINO", "openvino")
+            raise CorruptArtifactError(
+                f"{folder / GRAPH_NAME} cannot be loaded: {first.get('error', 'the engine ended without a word')}",
+                remedy="Fetch the bundle anew, or run again.",
+            )
+        threading.Thread(target=self._read, name="openvino", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        return self._process.returncode
+
+    def tell(self, what: Mapping[str, Any]) -> None:
+        """A child that is gone is noticed by who listens to it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _line(self) -> Told:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        told: Told = json.loads(line) if line else {}
+        return told
+
+    def _read(self) -> None:
+        while told := self._line():
+            self.told.put(told)
+        self.told.put(None)
 
 
 def _properties(precision: str, threads: int | None, exact: bool) -> dict[str, Any]:
@@ -155,23 +229,3 @@ def _check_files(folder: Path) -> None:
             f"{folder} was made without {missing[0]}, which continuous batching needs.",
             remedy="Serve it with --engine openvino, or export it again where openvino-tokenizers is installed.",
         )
-
-
-def _open(folder: Path, properties: dict[str, Any], blocks: int) -> Any:
-    import_openvino()
-    try:
-        import openvino_genai
-    except ImportError:
-        raise MissingExtraError("Continuous batching over OpenVINO", "openvino") from None
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.num_kv_blocks = blocks
-    scheduler.max_num_seqs = MAX_ANSWERS
-    scheduler.enable_prefix_caching = True
-    scheduler.dynamic_split_fuse = True
-    try:
-        return openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
-    except RuntimeError as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise CorruptArtifactError(
-            f"{folder / GRAPH_NAME} cannot be loaded: {first}", remedy="Fetch the bundle anew, or run again."
-        ) from error

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from slmops.errors import ServeError, SlmopsError
@@ -21,6 +24,11 @@ from slmops.runtime.batch import BatchedStream, BatchGenerator
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+SWITCH_S = 0.0002
+GATHER_S = 0.04
+"""Pieces of several answers that come within this time travel together: every event costs processor time that the
+model's steps are short of. The first piece of an answer and its last one never wait, nor does an answer that is alone."""
+Loop = asyncio.AbstractEventLoop
 Pieces = asyncio.Queue[Delta | BaseException | None]
 
 
@@ -35,23 +43,32 @@ class BatchLoop:
     """See the module. ``reopen`` gives a fresh model after a failure; None: there is none."""
 
     def __init__(self, model: BatchGenerator, reopen: Callable[[], BatchGenerator] | None = None) -> None:
+        # A step returns some fifty times a second and must not wait 5 ms, Python's default, for the event loop's turn.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self.model = model
         self.restarts = 0
         self.dead: Exception | None = None
         self._reopen = reopen
         self._jobs: deque[Callable[[], None]] = deque()
-        self._out: list[tuple[asyncio.AbstractEventLoop, Pieces, Delta | Exception | None]] = []
+        self._out: list[tuple[Loop, Pieces, Delta | Exception | None]] = []
         self._wake = threading.Event()
         self._closing = False
+        self._delivered_s = 0.0
+        self._urgent = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         model.driven = self._wake.set
         self._thread.start()
 
-    def follow(self, stream: BatchedStream, loop: asyncio.AbstractEventLoop, pieces: Pieces) -> None:
+    def follow(self, stream: BatchedStream, loop: Loop, pieces: Pieces) -> None:
         """Put all that ``stream`` brings into ``pieces``, on ``loop``'s thread; None behind the last."""
 
+        first = True
+
         def listener(piece: Delta | Exception) -> None:
+            nonlocal first
             last = isinstance(piece, Exception) or piece.finish_reason is not None
+            self._urgent = self._urgent or first or last
+            first = False
             self._out.append((loop, pieces, self._told(piece) if isinstance(piece, Exception) else piece))
             if last:
                 self._out.append((loop, pieces, None))
@@ -122,13 +139,36 @@ class BatchLoop:
         return EngineDiedError()
 
     def _deliver(self) -> None:
-        out, self._out = self._out, []
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[Pieces, Any]]] = {}
+        now = time.monotonic()
+        if not self._urgent and self.model.running > 1 and now - self._delivered_s < GATHER_S:
+            return
+        self._delivered_s, self._urgent = now, False
+        out, self._out = gathered(self._out), []
+        loops: dict[Loop, list[tuple[Pieces, Any]]] = {}
         for loop, pieces, piece in out:
             loops.setdefault(loop, []).append((pieces, piece))
         for loop, those in loops.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put, those)
+
+
+def gathered(out: list[tuple[Loop, Pieces, Delta | Exception | None]]) -> list[tuple[Loop, Pieces, Any]]:
+    """The same in order, the texts of one answer that follow one another made one piece."""
+    texts: dict[int, int] = {}  # an answer's queue to the place of its open piece
+    made: list[tuple[Loop, Pieces, Any]] = []
+    for loop, pieces, piece in out:
+        place = texts.get(id(pieces))
+        if place is not None and isinstance(piece, Delta):
+            made[place] = (loop, pieces, joined(made[place][2], piece))
+        else:
+            texts[id(pieces)] = len(made)
+            made.append((loop, pieces, piece))
+    return made
+
+
+def joined(one: Delta, other: Delta) -> Delta:
+    """One piece out of two that follow one another."""
+    return replace(other, text=one.text + other.text)
 
 
 def _put(those: list[tuple[Pieces, Any]]) -> None:
