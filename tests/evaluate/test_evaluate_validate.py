@@ -164,9 +164,10 @@ def test_memory_that_cannot_be_seen_is_not_counted_as_passed() -> None:
 
 
 def test_a_rise_that_matters_is_one() -> None:
-    assert steady(Trend(10, (-5, 25), 100))
-    assert steady(Trend(100, (50, 150), 100))
-    assert not steady(Trend(3000, (1000, 5000), 100))
+    assert steady(Trend(3000, (-5, 6000), 100), 20_000)
+    assert steady(Trend(100, (50, 150), 100), 20_000)
+    assert steady(Trend(2000, (1500, 2500), 100), 300)
+    assert not steady(Trend(2000, (1500, 2500), 100), 1000)
 
 
 def test_a_score_below_the_promise_fails() -> None:

@@ -34,7 +34,7 @@ def validate(
     bundle: Path = typer.Argument(help="A bundle, a variant or a model folder."),
     recipe: Path | None = typer.Option(None, "--recipe", help="Score it on this recipe's test rows."),
     rows: int = typer.Option(300, "--rows", min=1, help="Rows that are scored at most."),
-    requests: int = typer.Option(2000, "--requests", min=100, help="Requests of the soak."),
+    requests: int = typer.Option(4000, "--requests", min=100, help="Requests of the soak."),
     only: list[str] = typer.Option([], "--only", help="One check by name; several times for several."),
     url: str | None = typer.Option(None, "--url", help="Ask this server.", show_default="one is started"),
     key_env: str = typer.Option(
