@@ -41,8 +41,8 @@ PAGES = sorted(
 ONLY_PARSED = {"run", "train", "adapters", "demo", "serve", "deploy"}
 DESIGNED_ORDER = [
     "init", "doctor", "data", "distill", "train", "compress", "evaluate", "bench", "package", "verify",
-    "validate", "serve", "chat", "monitor", "feedback", "fleet", "device", "trace", "run", "demo", "console", "adapters",
-    "keys", "deploy",
+    "validate", "serve", "chat", "monitor", "feedback", "fleet", "device", "trace", "run", "demo", "console",
+    "adapters", "keys", "deploy",
 ]  # fmt: skip
 CPU_LIMIT_S = 0.3
 COMMAND: Any = typer.main.get_command(app)

@@ -44,10 +44,10 @@ def validate(
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Tell whether a bundle is fit for production, with the evidence on one page.
+    """Tell whether a bundle is fit for production.
 
-    Answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory over a
-    soak, all asked over HTTP. Exit code 1: a check failed.
+    One page has the evidence: answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory
+    over a soak, all asked over HTTP. Exit code 1: a check failed.
     """
     from slmops.cli.render import print_json, progress_bars
     from slmops.errors import UsageError
