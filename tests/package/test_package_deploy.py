@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,6 @@ def test_keep_serves_until_it_is_told_to_end(gguf: Variant) -> None:
         process.kill()
         process.wait()
     with pytest.raises(OSError, match="refused"):
-        import urllib.request
-
         urllib.request.urlopen(f"{found['base_url']}/models", timeout=5)
 
 

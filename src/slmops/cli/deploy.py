@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from slmops.package.deploy import Deployed, Target
 
 deploy = typer.Typer(
-    help="Puts a bundle into Foundry Local, Ollama or llama.cpp.",
+    help="Put a bundle into Foundry Local, Ollama or llama.cpp.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from slmops.serve.keys import Key, Scope
 
 keys = typer.Typer(
-    help="Makes, lists and revokes the keys of a server.",
+    help="Make, list and revoke the keys of a server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -34,7 +34,7 @@ def validate(
     bundle: Path = typer.Argument(help="A bundle, a variant or a model folder."),
     recipe: Path | None = typer.Option(None, "--recipe", help="Score it on this recipe's test rows."),
     rows: int = typer.Option(300, "--rows", min=1, help="Rows that are scored at most."),
-    requests: int = typer.Option(2000, "--requests", min=100, help="Requests of the soak."),
+    requests: int = typer.Option(4000, "--requests", min=100, help="Requests of the soak."),
     only: list[str] = typer.Option([], "--only", help="One check by name; several times for several."),
     url: str | None = typer.Option(None, "--url", help="Ask this server.", show_default="one is started"),
     key_env: str = typer.Option(
@@ -44,10 +44,10 @@ def validate(
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Tell whether a bundle is fit for production, with the evidence on one page.
+    """Tell whether a bundle is fit for production.
 
-    Answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory over a
-    soak, all asked over HTTP. Exit code 1: a check failed.
+    One page has the evidence: answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory
+    over a soak, all asked over HTTP. Exit code 1: a check failed.
     """
     from slmops.cli.render import print_json, progress_bars
     from slmops.errors import UsageError

@@ -8,6 +8,7 @@ connection with a request at hand never does. So a thousand callers that send no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 from typing import Any
 
@@ -24,8 +25,10 @@ def raise_file_limit(wanted: int = MAX_CONNECTIONS + SPARE_FILES) -> int:
     """Let this process open as many files as it may, up to ``wanted``; how many connections that is good for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it: then there are fewer connections
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
     return wanted - SPARE_FILES if soft == resource.RLIM_INFINITY else max(8, min(wanted, soft) - SPARE_FILES)
 
 

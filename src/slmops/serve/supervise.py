@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 
@@ -50,12 +51,12 @@ def gives_up(exit_code: int, lived_s: float) -> bool:
 def supervise(command: Sequence[str], taken: socket.socket) -> int:
     """Run ``command`` over and over on the socket, until told to end; its last exit code."""
     taken.listen(BACKLOG)
-    ending = False
+    ending = threading.Event()
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: object) -> None:
-        nonlocal ending
-        ending = ending or number != signal.SIGHUP
+        if number != signal.SIGHUP:
+            ending.set()
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
@@ -68,12 +69,11 @@ def supervise(command: Sequence[str], taken: socket.socket) -> int:
             child = subprocess.Popen(command, env=environment, pass_fds=[taken.fileno()])
             exit_code = child.wait()
             lived_s = time.monotonic() - started_s
-            if ending or gives_up(exit_code, lived_s):
+            if ending.is_set() or gives_up(exit_code, lived_s):
                 return exit_code
             pause_s = next_pause_s(pause_s, lived_s)
             log.error("The server ended with exit code %d after %.1f s: it is started again", exit_code, lived_s)
-            time.sleep(pause_s)
-            if ending:
+            if ending.wait(pause_s):
                 return 0
     finally:
         for number, handler in before.items():
