@@ -84,6 +84,17 @@ def test_the_model_is_linked_not_copied(variant: Variant, bundle: Bundle) -> Non
     assert (bundle.model_path / "model.onnx").samefile(variant.model_path / "model.onnx")
 
 
+def test_a_calibration_is_the_bundles_and_not_the_variants(variant: Variant, tmp_path: Path) -> None:
+    before = (variant.model_path / "slmops.json").read_bytes()
+    bundle = make(variant, tmp_path / "bundle", calibration={"temperature": 1.7, "threshold": None, "rows": 3})
+    description = json.loads((bundle.path / "model" / "slmops.json").read_text("utf-8"))
+    assert description["calibration"] == {"temperature": 1.7}
+    assert {**description, "calibration": None} == {**json.loads(before), "calibration": None}
+    assert (variant.model_path / "slmops.json").read_bytes() == before
+    variant.verify()
+    bundle.verify()
+
+
 def test_where_links_are_not_possible_files_are_copied(
     variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from slmops.artifacts import Message
 from slmops.errors import ServeError
 from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import GenerationRequest
+from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
 from slmops.serve.app import create_app
 from slmops.serve.engine import Engine
@@ -209,6 +210,26 @@ def test_classify_gives_the_five_likeliest(labels: str, label_folder: Path) -> N
         assert row["confidence"] == pytest.approx(float(probabilities.max()), abs=1e-5)
         assert list(row["probabilities"].values()) == pytest.approx(sorted(probabilities.tolist())[::-1][:5], abs=1e-5)
     assert httpx.post(f"{labels}/v1/classify", json={"input": texts[0]}).json() == rows[:1]
+
+
+def test_a_bundles_calibration_and_threshold_are_applied(tmp_path: Path) -> None:
+    write_tiny_classifier(tmp_path, calibration={"temperature": 2.5, "threshold": 0.6})
+    texts = ["my card is lost", "fee", "hello", "refund", "x"]
+    plain = open_classifier(tmp_path).probabilities(texts)
+    expected = calibrated(plain, 2.5)
+    with background(create_app(tmp_path, name="intents")) as url:
+        rows = httpx.post(f"{url}/v1/classify", json={"input": texts}).json()
+        for row, before, after in zip(rows, plain, expected, strict=True):
+            assert row["label"] == LABELS[int(before.argmax())]
+            assert row["confidence"] == pytest.approx(float(after.max()), abs=1e-5)
+            assert row["abstain"] is bool(after.max() < 0.6)
+        assert {row["abstain"] for row in rows} == {True, False}
+        none = httpx.post(f"{url}/v1/classify", json={"input": texts, "threshold": 0}).json()
+        assert not any(row["abstain"] for row in none)
+        every = httpx.post(f"{url}/v1/classify", json={"input": texts, "threshold": 1}).json()
+        assert all(row["abstain"] for row in every)
+        for wrong in (-0.1, 1.1, "half", True):
+            failure(url, "/v1/classify", 400, json={"input": "x", "threshold": wrong})
 
 
 # What a failure looks like

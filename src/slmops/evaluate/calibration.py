@@ -140,6 +140,22 @@ def calibrate(
     )
 
 
+def calibration_in_words(found: Calibration) -> str:
+    """One or two sentences for people."""
+    said = (
+        f"Confidence is calibrated by the temperature {found.temperature:.2f}, fitted on {found.rows:,} validation "
+        f"rows: on the test rows its expected error is {100 * found.ece_after:.1f} points, and was "
+        f"{100 * found.ece_before:.1f}."
+    )
+    if found.threshold is None:
+        return said
+    right = "" if found.answered_right is None else f", {100 * found.answered_right:.1f} % of them rightly"
+    return (
+        f"{said} Below a confidence of {found.threshold:.3f} it abstains: {100 * found.answered:.1f} % of the test "
+        f"rows are answered{right}."
+    )
+
+
 def _columns(targets: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
     column = {label: index for index, label in enumerate(labels)}
     return np.array([column.get(target, -1) for target in targets], dtype=np.int64)

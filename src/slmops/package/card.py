@@ -162,6 +162,8 @@ def _measured(report: Mapping[str, Any]) -> str:
     parts += _gates(report.get("gates") or [])
     if report.get("verdict"):
         parts.append(str(report["verdict"]))
+    if report.get("calibration_in_words"):
+        parts.append(str(report["calibration_in_words"]))
     return "\n\n".join(parts)
 
 

@@ -15,6 +15,7 @@ from slmops.compress import SHOWS_STATES, export_classifier, export_format, expo
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
+from slmops.evaluate.calibration import calibration_in_words
 from slmops.evaluate.choose import Candidate, choose, gates_of
 from slmops.evaluate.closest import closest, closest_in_words
 from slmops.evaluate.cost import cost_per_1000, cost_per_1000_by_tokens
@@ -97,6 +98,7 @@ def evaluate(
     def build(draft: Draft) -> None:
         content = {**_judge(context, teacher_entry, measured, baselines, data, judged), "history": histories}
         content["calibration"] = None if calibration is None else calibration.to_json()
+        content["calibration_in_words"] = "" if calibration is None else calibration_in_words(calibration)
         _write_report(draft, content)
         (draft.path / "report.html").write_text(render_report(content), "utf-8")
 

@@ -45,8 +45,6 @@ Told = Mapping[str, Any]
 class OpenvinoBatch(BatchGenerator):
     """See the module."""
 
-    tells_logprobs = True
-
     def __init__(self, child: _Child, chat: ChatTokenizer, description: ModelDescription, careful: Careful) -> None:
         super().__init__(chat, description, description.max_tokens, chat.eos_token_ids, careful)
         self._child = child

@@ -46,7 +46,7 @@ from slmops.serve.openapi import (
     describe,
 )
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
-from slmops.serve.responses import ResponsesRequest
+from slmops.serve.response_requests import ResponsesRequest
 from slmops.serve.service import Service
 
 UNREADABLE = "There was an error parsing the body"

@@ -12,7 +12,7 @@ from slmops.chat import ChatTokenizer, ToolFormat
 from slmops.errors import ContextLengthError
 from slmops.runtime import Constraint
 from slmops.serve.errors import ApiError
-from slmops.serve.responses import NamedResponseTool
+from slmops.serve.response_requests import NamedResponseTool
 from slmops.serve.schema import json_constraint
 from slmops.serve.tools import Function, NamedTool, ToolChoice, tools_constraint
 

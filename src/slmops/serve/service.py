@@ -22,7 +22,8 @@ from slmops.serve.engine import ContinuesText, Engine, KnowsContext
 from slmops.serve.errors import ApiError, unsupported
 from slmops.serve.pieces import Piece, as_pieces, gathered, pieces, side_by_side
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Sampling
-from slmops.serve.responses import EventWriter, ResponseBody, ResponsesRequest
+from slmops.serve.response_requests import ResponsesRequest
+from slmops.serve.responses import EventWriter, ResponseBody
 from slmops.serve.streams import event_stream, response_events, text_events, unless_gone
 from slmops.serve.tools import CallScanner
 from slmops.serve.watch import watching
