@@ -1,9 +1,10 @@
-"""``slmops evaluate``: a model on a recipe's test rows, and whether a step changed it."""
+"""``slmops evaluate``: a model on a recipe's test rows and on benchmarks, and whether a step changed it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,46 +20,82 @@ Examples:
   slmops evaluate recipe.yaml merged --against base-and-adapter --step merged
 
   slmops evaluate recipe.yaml int4 --against fp32 --step quantized
+
+  slmops evaluate bundle --benchmark boolq.yaml --benchmark arc_easy --against base
 """
 
 
 def evaluate(
-    recipe: Path = typer.Argument(help="The recipe; its test rows are asked."),
-    model: Path = typer.Argument(help="A bundle, a variant, a model folder or a checkpoint."),
+    recipe: Path = typer.Argument(
+        help="The recipe; its test rows are asked. Left out: MODEL comes first, and benchmarks are asked alone."
+    ),
+    model: Path | None = typer.Argument(None, help="A bundle, a variant, a model folder or a checkpoint."),
     against: Path | None = typer.Option(None, "--against", help="The form before: compare with it."),
     step: str = typer.Option(
         "converted", "--step", help="converted, merged, pruned or quantized: whose limits of gates.drift hold."
+    ),
+    benchmarks: list[str] = typer.Option(
+        [],
+        "--benchmark",
+        metavar="NAME|FILE.yaml",
+        help="Ask this, too: a file with a section as in evaluate.benchmarks, or a task of lm-evaluation-harness.",
     ),
     overrides: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="For example gates.drift.rows=200"),
     store: Path = typer.Option(Path(".slmops"), "--store", envvar="SLMOPS_STORE", help="Where artifacts are kept."),
     offline: bool = typer.Option(False, "--offline", help="Use models and data that are on this machine already."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output."),
 ) -> None:
-    """Score MODEL on the test rows of RECIPE. With --against, compare it with the form that it was made from: tokens of
-    both runtimes, distributions, greedy answers, and the score by a paired test. Exit code 1: a gate does not hold.
+    """Score MODEL on the test rows of RECIPE, and on benchmarks. With --against, compare it with the form that it was
+    made from: tokens of both runtimes, distributions, greedy answers, and the scores by paired tests. Exit code 1: a
+    gate does not hold.
     """
     from slmops.cli.render import print_json, progress_bars
     from slmops.errors import MissingExtraError, UsageError
-    from slmops.recipe import load_recipe
     from slmops.store import Store
 
-    chosen = load_recipe(recipe, overrides)
     try:
         from slmops.evaluate.parity import STEPS
-        from slmops.pipeline.judge import judge_model
+        from slmops.pipeline.judge import judge_by_benchmarks, judge_model
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"slmops evaluate (it needs {error.name})", "train") from None
     kind = next((one for one in STEPS if one == step), None)
     if kind is None:
         raise UsageError(f"--step is {step!r}.", remedy=f"Choose one of {', '.join(STEPS)}.")
+    asked = benchmark_sections(benchmarks)
+    chosen = None if model is None else chosen_recipe(recipe, overrides, asked)
+    if chosen is None and not asked:
+        raise UsageError(
+            f"{recipe} is all that was named.",
+            remedy="Name a recipe and a model, or a model and a --benchmark.",
+        )
     with Store.open(store) as opened, progress_bars() as progress:
-        found = judge_model(chosen, opened, model, against=against, step=kind, offline=offline, progress=progress)
+        if chosen is None or model is None:
+            found = judge_by_benchmarks(asked, opened, recipe, against=against, offline=offline, progress=progress)
+        else:
+            found = judge_model(chosen, opened, model, against=against, step=kind, offline=offline, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:
         for line in lines(found):
             typer.echo(line)
     raise typer.Exit(0 if found.passed else 1)
+
+
+def benchmark_sections(named: list[str]) -> list[Any]:
+    """What was named, files looked for where the command runs."""
+    from slmops.recipe import anchored_benchmark
+
+    return [anchored_benchmark(one, Path.cwd()) for one in named]
+
+
+def chosen_recipe(path: Path, overrides: list[str], benchmarks: list[Any]) -> Any:
+    """The recipe at ``path``, asking ``benchmarks`` besides its own."""
+    from slmops.recipe import load_recipe, recipe_json, with_values
+
+    loaded = load_recipe(path, overrides)
+    if not benchmarks:
+        return loaded
+    return with_values(loaded, {"evaluate.benchmarks": [*recipe_json(loaded)["evaluate"]["benchmarks"], *benchmarks]})
 
 
 def gate_line(gate: Gate) -> str:
@@ -68,16 +105,49 @@ def gate_line(gate: Gate) -> str:
 
 def lines(found: Judgement) -> list[str]:
     """The judgement for people."""
+    told = [*score_lines(found), *benchmark_lines(found.benchmarks), *parity_lines(found)]
+    told += [gate_line(gate) for gate in found.gates]
+    if not found.passed and found.parity is not None:
+        from slmops.evaluate.parity import advice
+
+        told.append(advice(found.parity))
+    return told
+
+
+def score_lines(found: Judgement) -> list[str]:
+    """The task's score, the user's own measures, and the score of the form before."""
     from slmops.cli.run import figure_in_words
 
+    if found.scores is None:
+        return []
     low, high = found.scores.ci95
     told = [f"{found.scores.metric} {found.scores.value:.3f} ({low:.3f}–{high:.3f}) on {found.scores.rows} rows"]
     told += [f"{name}: {figure_in_words(one.to_json())}" for name, one in found.scores.measures.items()]
-    if found.parity is None or found.against is None:
-        return told + [gate_line(gate) for gate in found.gates]
-    told.append(f"before: {found.against.value:.3f}")
+    return told if found.against is None else [*told, f"before: {found.against.value:.3f}"]
+
+
+def benchmark_lines(benchmarks: Mapping[str, Any]) -> list[str]:
+    """A line a benchmark, and a line below for each model beside it."""
+    from slmops.cli.run import figure_in_words
+    from slmops.evaluate.gates import p_in_words
+
+    told = []
+    for name, one in benchmarks.items():
+        ours, *others = one["models"].items()
+        told.append(f"{name}: {one['metric']} {figure_in_words(ours[1])} on {ours[1]['rows']} questions")
+        for who, score in others:
+            test = one["tests"][who]
+            noise = "beyond noise" if test["significant"] else "within noise"
+            told.append(f"  {who}: {figure_in_words(score)}, {noise} ({p_in_words(test['p_value'])})")
+    return told
+
+
+def parity_lines(found: Judgement) -> list[str]:
+    """How far the step moved the model."""
+    if found.parity is None:
+        return []
     logits, answers = found.parity.logits, found.parity.answers
-    told.append(f"same tokens: {100 * found.parity.tokens.share:.1f} % of {found.parity.tokens.texts} texts")
+    told = [f"same tokens: {100 * found.parity.tokens.share:.1f} % of {found.parity.tokens.texts} texts"]
     if logits is not None:
         told.append(
             f"KL {logits.kl_mean:.3g} nats (p95 {logits.kl_p95:.3g}, worst row {logits.worst_row}), likeliest the same "
@@ -90,9 +160,4 @@ def lines(found: Judgement) -> list[str]:
         told.append(f"same answers: {answers.equal} of {answers.rows}{first}")
     if found.parity.layers is not None:
         told.append(found.parity.layers.sentence)
-    told += [gate_line(gate) for gate in found.gates]
-    if not found.passed:
-        from slmops.evaluate.parity import advice
-
-        told.append(advice(found.parity))
     return told

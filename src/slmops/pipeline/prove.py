@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from slmops.compress import export_classifier, export_format, export_generator, 
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
+from slmops.evaluate.benchmarks import BenchmarkScore
 from slmops.evaluate.choose import Candidate, choose, gates_of
 from slmops.evaluate.closest import closest, closest_in_words
 from slmops.evaluate.cost import cost_per_1000, cost_per_1000_by_tokens
@@ -30,6 +31,13 @@ from slmops.evaluate.significance import compare
 from slmops.evaluate.speed import MachineSpeed, machine_speed
 from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report, measures_of
 from slmops.hardware import device_profile
+from slmops.pipeline.benchmarks import (
+    PUBLISHED,
+    ask_variant,
+    benchmark_gates,
+    read_benchmarks,
+    side_by_side,
+)
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
@@ -57,6 +65,7 @@ class _Measured:
     checkpoint: Checkpoint
     candidate: Candidate
     parity: Parity | None = None
+    benchmarks: Mapping[str, BenchmarkScore] = field(default_factory=dict)
 
 
 def evaluate(
@@ -85,11 +94,18 @@ def evaluate(
     inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
     inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
     inputs["measures"] = digest_json({name: measures_of(one.candidate.scores) for name, one in measured.items()})
+    published = _published(context)
+    inputs["benchmarks"] = digest_json(
+        {
+            who: {name: score.to_json() for name, score in scores.items()}
+            for who, scores in {**{name: one.benchmarks for name, one in measured.items()}, **published}.items()
+        }
+    )
     if context.search is not None:
         inputs["search"] = digest_json(dict(context.search))
 
     def build(draft: Draft) -> None:
-        content = {**_judge(context, teacher_entry, measured, baselines, data), "history": histories}
+        content = {**_judge(context, teacher_entry, measured, baselines, data, published), "history": histories}
         _write_report(draft, content)
         (draft.path / "report.html").write_text(render_report(content), "utf-8")
 
@@ -129,7 +145,13 @@ def _measured(
         parities["student-torch"] = _pruned_parity(context, before, variants, scores, student, data)
     measurements = measure_variants(context, variants, data)
     estimates = estimate_variants(context, variants, measurements)
-    drift = context.recipe.gates.drift
+    drift, floors = context.recipe.gates.drift, context.recipe.gates.benchmarks
+    questions = read_benchmarks(context)
+    asked = {
+        name: ask_variant(context, name, variant, variant.digest, questions)
+        for name, variant in variants.items()
+        if name == "teacher-torch" or name.startswith("student-")
+    }
     return {
         name: _Measured(
             variant,
@@ -141,8 +163,10 @@ def _measured(
                 measurements[name],
                 estimates.get(name),
                 tuple(gate for one in _steps_to(name, parities) for gate in drift_gates(one, drift)),
+                tuple(benchmark_gates(asked[name], floors)) if name in asked else (),
             ),
             parities.get(name),
+            asked.get(name, {}),
         )
         for name, variant in variants.items()
     }
@@ -601,6 +625,7 @@ def _judge(
     measured: Mapping[str, _Measured],
     baselines: Mapping[str, BaselineEntry],
     data: Dataset,
+    published: Mapping[str, Mapping[str, BenchmarkScore]],
 ) -> dict[str, Any]:
     recipe = context.recipe
     judged = [
@@ -646,10 +671,26 @@ def _judge(
             "closest_in_words": closest_in_words(misses),
             "drift": [_drift_entry(one.parity, one.candidate) for one in measured.values() if one.parity],
             "measures": _measures(teacher.scores, chosen.scores, recipe.seed),
+            "benchmarks": side_by_side(
+                {**published, **{name: one.benchmarks for name, one in measured.items() if one.benchmarks}},
+                chosen.id,
+                recipe.seed,
+            )
+            if recipe.evaluate.benchmarks
+            else {},
             **({} if context.search is None else {"search": context.search}),
             **({} if "removed" not in removed else {"pruned": removed}),
         },
     )
+
+
+def _published(context: Context) -> dict[str, dict[str, BenchmarkScore]]:
+    """The benchmarks of the model that the student comes from, as it was before any training here."""
+    questions = read_benchmarks(context)
+    if not questions:
+        return {}
+    model = context.named_student or context.base
+    return {PUBLISHED: ask_variant(context, PUBLISHED, model.path, model.digest, questions)}
 
 
 def _measures(teacher: Scores, student: Scores, seed: int) -> dict[str, Any]:
