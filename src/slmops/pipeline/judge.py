@@ -165,6 +165,11 @@ def _benchmarked(
     )
 
 
+def answers_of(context: Context, what: str, folder: Path, rows: Sequence[Row]) -> list[str]:
+    """What the model at ``folder`` answers to ``rows``."""
+    return _answered(context, what, folder, rows).predictions
+
+
 def check_metrics(context: Context, rows: Sequence[Row]) -> None:
     """Try the user's own measures on the right answers and on empty ones, and look for what ``gates.metrics`` names.
 
