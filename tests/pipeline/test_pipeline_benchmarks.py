@@ -12,9 +12,11 @@ from pipeline_helpers import Place
 from test_pipeline_formats import chats  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
+from fakes.children import children_here
 from slmops.cli.app import app
 from slmops.errors import DataError, RecipeError
-from slmops.pipeline import run_recipe
+from slmops.evaluate.measure import Measurement
+from slmops.pipeline import prove, run_recipe
 from slmops.pipeline.benchmarks import answer_among, question_of
 from slmops.recipe import BenchmarkConfig, Recipe, load_recipe, parse_recipe, portable_recipe
 from slmops.store import Store
@@ -113,11 +115,15 @@ def test_a_run_tells_published_teacher_and_student(
     chats: Callable[..., Recipe],  # noqa: F811
     rows: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    measured = Measurement({"p50": 1.0, "p95": 1.0}, 1.0, 9, 9, 9, 0.1, 1, 1, 1, (1.0,))
+    # How long they take is measured elsewhere.
+    monkeypatch.setattr(prove, "measure_interleaved", lambda models, **_: dict.fromkeys(models, measured))
     evaluate = {"benchmarks": [{**EVEN, "data": str(rows)}]}
     limits = {"benchmarks": {"even": ">= 0"}}
     recipe = chats(evaluate=evaluate, gates={**limits, "drift": {"converted": {"kl": None, "top1_agreement": None}}})
-    with Store.open(tmp_path / "store") as store:
+    with children_here(), Store.open(tmp_path / "store") as store:
         report = run_recipe(recipe, store).report
         folder = store.root / "runs" / "tiny-chat"
     found = report["benchmarks"]["even"]
