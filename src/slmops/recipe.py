@@ -1422,17 +1422,28 @@ def _anchor_evaluate(evaluate: dict[str, Any], folder: Path) -> None:
 
 
 def anchored_benchmark(raw: Any, folder: Path) -> Any:
-    """A benchmark as written, its files looked for in ``folder``."""
-    if isinstance(raw, str):
-        return str((folder / raw).resolve()) if raw.endswith((".yaml", ".yml")) else raw
+    """A benchmark as written, its files looked for in ``folder``; a YAML file that holds one of our sections (it has
+    the key ``data``, where a task of the harness has others) is read in its place."""
+    if isinstance(raw, str) and raw.endswith((".yaml", ".yml")):
+        path = (folder / raw).resolve()
+        section = _section_in(path)
+        return str(path) if section is None else anchored_benchmark({"name": path.stem, **section}, path.parent)
     if not isinstance(raw, dict):
         return raw
     found = dict(raw)
     if isinstance(found.get("data"), str) and not _has_scheme(found["data"]):
         found["data"] = str((folder / found["data"]).resolve())
-    if isinstance(found.get("task"), str):
-        found["task"] = anchored_benchmark(found["task"], folder)
+    if isinstance(found.get("task"), str) and found["task"].endswith((".yaml", ".yml")):
+        found["task"] = str((folder / found["task"]).resolve())
     return found
+
+
+def _section_in(path: Path) -> dict[str, Any] | None:
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # missing, or with the harness' own tags
+        return None
+    return raw if isinstance(raw, dict) and "data" in raw else None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -18,8 +18,12 @@ from slmops.chat import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = SMOLLM2_135M | {
-    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 MISSING = (
     *("sqlalchemy", "alembic", "datasets", "gguf", "bitsandbytes", "onnxruntime", "onnxruntime_genai", "optuna"),
@@ -60,8 +64,13 @@ def bare(work: str) -> str:
 def test_a_random_model_is_one_that_is_trained(data: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model", TEXTS, config=TINY)
     spec = {
-        "data": str(data / "banking77/train.csv"), "model": str(tmp_path / "model"), "side": "ours", "seed": 0,
-        "rows": 40, "validation_rows": 8, "precision": "fp32",
+        "data": str(data / "banking77/train.csv"),
+        "model": str(tmp_path / "model"),
+        "side": "ours",
+        "seed": 0,
+        "rows": 40,
+        "validation_rows": 8,
+        "precision": "fp32",
     }
     train_vs_trl_rank = "train_vs_trl.RANK, train_vs_trl.BATCH = 2, 8"
     found = json.loads(bare(f"{train_vs_trl_rank}\ntrain_vs_trl.main({spec!r})"))

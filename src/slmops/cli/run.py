@@ -147,11 +147,18 @@ def show_report(report: Mapping[str, Any], folder: Path, *, reused: bool) -> Non
 
 
 def further_lines(report: Mapping[str, Any]) -> list[str]:
-    """The user's own measures, teacher and student beside each other, a line each."""
-    return [
+    """The user's own measures and the benchmarks, teacher and student beside each other, a line each."""
+    told = [
         f" {name}: teacher {figure_in_words(one['teacher'])}, student {figure_in_words(one['student'])}"
         for name, one in (report.get("measures") or {}).items()
     ]
+    shown = {"published": "published", "teacher-torch": "teacher", report["student"]["id"]: "student"}
+    for name, one in (report.get("benchmarks") or {}).items():
+        figures = [
+            f"{word} {figure_in_words(one['models'][who])}" for who, word in shown.items() if who in one["models"]
+        ]
+        told.append(f" {name} ({one['metric']}): {', '.join(figures)}")
+    return told
 
 
 def figure_in_words(figure: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ class Candidate:
 
     ``estimate``  it on the budget's device, where the budget names one
     ``drift``     gates over how far the steps to it moved the model (:mod:`slmops.evaluate.parity`)
+    ``further``   gates over what it can do beside its task (:mod:`slmops.evaluate.benchmarks`)
     """
 
     id: str
@@ -30,6 +31,7 @@ class Candidate:
     measurement: Measurement
     estimate: DeviceEstimate | None = None
     drift: tuple[Gate, ...] = ()
+    further: tuple[Gate, ...] = ()
 
     @property
     def cost(self) -> tuple[float, int]:
@@ -55,6 +57,7 @@ def gates_of(
         *measure_gates(last.scores, limits.metrics),
         *steps,
         *last.drift,
+        *last.further,
         *budget_gates(budget, last.size_bytes, last.measurement, last.estimate),
     ]
 

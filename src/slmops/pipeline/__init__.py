@@ -29,6 +29,7 @@ from slmops.distill import Estimate, check_remote_allowed
 from slmops.errors import RecipeError, UsageError
 from slmops.models import fetch_model
 from slmops.pipeline.azureml.job import STAGES
+from slmops.pipeline.benchmarks import read_benchmarks
 from slmops.pipeline.context import Context
 from slmops.pipeline.fit import find_smallest
 from slmops.pipeline.judge import check_metrics
@@ -186,6 +187,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     data = prepare_data(context)
     check_judgeable(context, data)
     check_metrics(context, context.test_rows(data))
+    read_benchmarks(context)
     check_fits(context)
     check_signals(context)
     prune = context.recipe.compress.prune

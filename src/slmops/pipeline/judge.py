@@ -5,24 +5,26 @@ Nothing is trained and nothing is kept: the rows are the store's, the answers ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Row
 from slmops.errors import DataError, RecipeError
+from slmops.evaluate.benchmarks import Benchmark
 from slmops.evaluate.gates import Gate, measure_gates, parity_gate
 from slmops.evaluate.measures import measured
 from slmops.evaluate.parity import Parity, Step, advice, compare_models, drift_gates
 from slmops.evaluate.scores import Scores, score_classifier, score_generator, score_predictions
 from slmops.evaluate.summary import measures_of
 from slmops.package import resolve_model_folder
+from slmops.pipeline.benchmarks import ask, benchmark_gates, read_benchmarks, side_by_side
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import prepare_data
 from slmops.progress import Progress, ProgressSink, ignore
-from slmops.recipe import Recipe
+from slmops.recipe import Recipe, parse_recipe
 from slmops.runtime import open_classifier, open_generator
 from slmops.store import Store
 
@@ -31,12 +33,17 @@ TRIED_ROWS = 50
 
 @dataclass(frozen=True)
 class Judgement:
-    """``gates`` and ``parity`` where there was another model to compare with; ``against`` is its scores."""
+    """``gates`` and ``parity`` where there was another model to compare with; ``against`` is its scores.
 
-    scores: Scores
+    ``scores``: on the recipe's rows, where there was one; ``benchmarks``: as :func:`side_by_side` has them, the models
+    named :data:`THIS` and :data:`BEFORE`.
+    """
+
+    scores: Scores | None
     against: Scores | None = None
     parity: Parity | None = None
     gates: tuple[Gate, ...] = ()
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -60,6 +67,7 @@ class Judgement:
             "against": told(self.against),
             "parity": self.parity.to_json() if self.parity else None,
             "gates": [gate.to_json() for gate in self.gates],
+            "benchmarks": self.benchmarks,
             "passed": self.passed,
             "advice": advice(self.parity) if self.parity and not self.passed else "",
         }
@@ -87,14 +95,16 @@ def judge_model(
     folder = model_folder(model)
     before = None if against is None else model_folder(against)
     context = Context(recipe, store, offline, progress)
+    questions = read_benchmarks(context)
     rows = context.test_rows(prepare_data(context))
     if not rows:
         raise DataError("The test split has no row with a target.", remedy="Give data.test, or more rows.")
     check_metrics(context, rows)
     scores = _scored(context, "model", folder, rows)
-    own_gates = tuple(measure_gates(scores, recipe.gates.metrics))
+    benchmarks, benchmarked = _benchmarked(context, folder, before, questions)
+    own_gates = (*measure_gates(scores, recipe.gates.metrics), *benchmarked)
     if before is None:
-        return Judgement(scores, gates=own_gates)
+        return Judgement(scores, gates=own_gates, benchmarks=benchmarks)
     other = _scored(context, "the form before", before, rows)
     parity = compare_models(
         (str(against), before),
@@ -112,7 +122,52 @@ def judge_model(
         parity_gate(other, scores, recipe.gates.parity, seed=recipe.seed),
         *drift_gates(parity, recipe.gates.drift),
     )
-    return Judgement(scores, other, parity, gates)
+    return Judgement(scores, other, parity, gates, benchmarks)
+
+
+def judge_by_benchmarks(
+    benchmarks: Sequence[Any],
+    store: Store,
+    model: Path,
+    *,
+    against: Path | None = None,
+    offline: bool = False,
+    progress: ProgressSink = ignore,
+) -> Judgement:
+    """Ask ``model`` (and ``against``) the ``benchmarks``, as a recipe's ``evaluate.benchmarks`` has them, without one.
+
+    Raises:
+        RecipeError: a benchmark that cannot be understood.
+        SlmopsError: its rows or a model cannot be read.
+    """
+    folder, before = model_folder(model), None if against is None else model_folder(against)
+    raw = {"name": "benchmarks", "task": "generation", "data": {"train": "-"}}
+    context = Context(parse_recipe({**raw, "evaluate": {"benchmarks": list(benchmarks)}}), store, offline, progress)
+    found, _ = _benchmarked(context, folder, before, read_benchmarks(context))
+    return Judgement(None, benchmarks=found)
+
+
+THIS, BEFORE = "model", "before"
+
+
+def _benchmarked(
+    context: Context, folder: Path, before: Path | None, questions: Sequence[Benchmark]
+) -> tuple[dict[str, Any], list[Gate]]:
+    """What both models reach on the benchmarks, and the recipe's gates over them."""
+    if not questions:
+        return {}, []
+    asked = {THIS: ask(context, THIS, folder, questions)}
+    if before is not None:
+        asked[BEFORE] = ask(context, BEFORE, before, questions)
+    return (
+        side_by_side(asked, THIS, context.recipe.seed),
+        benchmark_gates(asked[THIS], context.recipe.gates.benchmarks),
+    )
+
+
+def answers_of(context: Context, what: str, folder: Path, rows: Sequence[Row]) -> list[str]:
+    """What the model at ``folder`` answers to ``rows``."""
+    return _answered(context, what, folder, rows).predictions
 
 
 def check_metrics(context: Context, rows: Sequence[Row]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from slmops.compress import SHOWS_STATES, export_classifier, export_format, expo
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
 from slmops.errors import TeacherError
 from slmops.evaluate.baselines import DESCRIPTIONS, baseline_scores
+from slmops.evaluate.benchmarks import BenchmarkScore
 from slmops.evaluate.calibration import calibration_in_words
 from slmops.evaluate.choose import Candidate, choose, gates_of
 from slmops.evaluate.closest import closest, closest_in_words
@@ -31,6 +32,13 @@ from slmops.evaluate.significance import compare
 from slmops.evaluate.speed import MachineSpeed, machine_speed
 from slmops.evaluate.summary import BaselineEntry, ModelEntry, build_report, measures_of
 from slmops.hardware import device_profile
+from slmops.pipeline.benchmarks import (
+    PUBLISHED,
+    ask_variant,
+    benchmark_gates,
+    read_benchmarks,
+    side_by_side,
+)
 from slmops.pipeline.calibrate import calibration_of
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import asked_config
@@ -59,6 +67,7 @@ class _Measured:
     checkpoint: Checkpoint
     candidate: Candidate
     parity: Parity | None = None
+    benchmarks: Mapping[str, BenchmarkScore] = field(default_factory=dict)
 
 
 def evaluate(
@@ -87,6 +96,13 @@ def evaluate(
     inputs["baselines"] = digest_json({name: entry.to_json() for name, entry in baselines.items()})
     inputs["teacher_entry"] = digest_json(teacher_entry.to_json())
     inputs["measures"] = digest_json({name: measures_of(one.candidate.scores) for name, one in measured.items()})
+    published = _published(context)
+    inputs["benchmarks"] = digest_json(
+        {
+            who: {name: score.to_json() for name, score in scores.items()}
+            for who, scores in {**{name: one.benchmarks for name, one in measured.items()}, **published}.items()
+        }
+    )
     if context.search is not None:
         inputs["search"] = digest_json(dict(context.search))
     judged = _judged(context.recipe, teacher_entry, measured)
@@ -96,7 +112,7 @@ def evaluate(
         inputs["calibration"] = digest_json(calibration.to_json())
 
     def build(draft: Draft) -> None:
-        content = {**_judge(context, teacher_entry, measured, baselines, data, judged), "history": histories}
+        content = {**_judge(context, teacher_entry, measured, baselines, data, judged, published), "history": histories}
         content["calibration"] = None if calibration is None else calibration.to_json()
         content["calibration_in_words"] = "" if calibration is None else calibration_in_words(calibration)
         _write_report(draft, content)
@@ -138,7 +154,13 @@ def _measured(
         parities["student-torch"] = _pruned_parity(context, before, variants, scores, student, data)
     measurements = measure_variants(context, variants, data)
     estimates = estimate_variants(context, variants, measurements)
-    drift = context.recipe.gates.drift
+    drift, floors = context.recipe.gates.drift, context.recipe.gates.benchmarks
+    questions = read_benchmarks(context)
+    asked = {
+        name: ask_variant(context, name, variant, variant.digest, questions)
+        for name, variant in variants.items()
+        if name == "teacher-torch" or name.startswith("student-")
+    }
     return {
         name: _Measured(
             variant,
@@ -150,8 +172,10 @@ def _measured(
                 measurements[name],
                 estimates.get(name),
                 tuple(gate for one in _steps_to(name, parities) for gate in drift_gates(one, drift)),
+                tuple(benchmark_gates(asked[name], floors)) if name in asked else (),
             ),
             parities.get(name),
+            asked.get(name, {}),
         )
         for name, variant in variants.items()
     }
@@ -628,6 +652,7 @@ def _judge(
     baselines: Mapping[str, BaselineEntry],
     data: Dataset,
     judged: Sequence[tuple[Candidate, list[Gate]]],
+    published: Mapping[str, Mapping[str, BenchmarkScore]],
 ) -> dict[str, Any]:
     recipe = context.recipe
     chosen, gates = choose(judged)
@@ -669,10 +694,26 @@ def _judge(
             "closest_in_words": closest_in_words(misses),
             "drift": [_drift_entry(one.parity, one.candidate) for one in measured.values() if one.parity],
             "measures": _measures(teacher.scores, chosen.scores, recipe.seed),
+            "benchmarks": side_by_side(
+                {**published, **{name: one.benchmarks for name, one in measured.items() if one.benchmarks}},
+                chosen.id,
+                recipe.seed,
+            )
+            if recipe.evaluate.benchmarks
+            else {},
             **({} if context.search is None else {"search": context.search}),
             **({} if "removed" not in removed else {"pruned": removed}),
         },
     )
+
+
+def _published(context: Context) -> dict[str, dict[str, BenchmarkScore]]:
+    """The benchmarks of the model that the student comes from, as it was before any training here."""
+    questions = read_benchmarks(context)
+    if not questions:
+        return {}
+    model = context.named_student or context.base
+    return {PUBLISHED: ask_variant(context, PUBLISHED, model.path, model.digest, questions)}
 
 
 def _measures(teacher: Scores, student: Scores, seed: int) -> dict[str, Any]:

@@ -14,6 +14,8 @@ DIGEST_DIGITS = 12  # as `slmops trace` prints them
 
 _METRIC_NAMES = {
     "accuracy": "accuracy",
+    "acc": "accuracy",
+    "acc_norm": "accuracy by byte",
     "exact_match": "exact match",
     "numeric_match": "right final numbers",
     "rouge_l": "ROUGE-L",
@@ -37,7 +39,7 @@ _METRIC_NAMES = {
 }
 _SHARES = {
     *("accuracy", "exact_match", "numeric_match", "rouge_l", "slot_f1", "slot_f1_micro", "macro_f1"),
-    *("format_valid", "json_valid", "ece", "cut_off", "share"),
+    *("format_valid", "json_valid", "ece", "cut_off", "share", "acc", "acc_norm"),
 }
 
 
@@ -171,6 +173,17 @@ def own_comparison(test: Mapping[str, Any]) -> str:
     return f"the student has {words} a row, {noise} ({p_value}; 95{SPACE}% interval {low} to {high})."
 
 
+def benchmark_comparison(test: Mapping[str, Any], other: str, metric: str) -> str:
+    """A paired test of the student (b) and ``other`` (a) on a benchmark."""
+    noise = "beyond noise" if test["significant"] else "within noise"
+    p_value = p_in_words(test["p_value"]).replace(" ", SPACE)
+    change = metric_value(abs(test["difference"]), metric)
+    if not test["difference"]:
+        return f"the student is at the level of {other} ({p_value})."
+    side = "above" if test["difference"] > 0 else "below"
+    return f"the student is {change} {side} {other}, {noise} ({p_value})."
+
+
 FILTERS: Mapping[str, Callable[..., str]] = {
     "count": count,
     "digest": digest,
@@ -180,6 +193,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "metric_value": metric_value,
     "milliseconds": milliseconds,
     "money": money,
+    "benchmark_comparison": benchmark_comparison,
     "own_comparison": own_comparison,
     "percent": percent,
     "plural": plural,
