@@ -12,7 +12,7 @@ from pathlib import Path
 import benchmarks
 from slmops.evaluate.machine import machine_facts
 
-SHARED = {"__main__", "common"}
+SHARED = {"__main__", "common", "trained"}
 
 
 def names() -> list[str]:
