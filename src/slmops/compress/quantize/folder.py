@@ -30,7 +30,7 @@ GRAPH_NAME = "model.onnx"
 DIVISORS = (128, 64, 32, 16)
 DEFAULT_BLOCKS = (32, 16)
 MORE_BITS = 8
-SENSITIVITY_ROWS = 16
+SENSITIVITY_ROWS = 8
 """Rows on which the harm of each matrix is measured: the graph runs once a matrix."""
 
 
@@ -243,4 +243,5 @@ def _head_size(folder: Path) -> int:
     if not path.exists():
         return 0
     decoder: dict[str, Any] = json.loads(path.read_text("utf-8"))["model"]["decoder"]
-    return int(decoder.get("head_size") or 0)
+    size: int = decoder.get("head_size") or 0
+    return size
