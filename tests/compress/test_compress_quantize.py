@@ -327,3 +327,58 @@ def test_matrices_are_found_with_what_reads_them(wide: Path) -> None:
     assert head.reads == ("/model/embed_tokens/Gather",)
     assert all(not one.reads for one in matrices[1:])
     assert {one.width for one in matrices} == {64, 128}
+
+
+# Classifiers
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaModel
+
+    from fakes.tiny_models import LABELS, tiny_tokenizer
+    from slmops.models.classifier import PooledClassifier, save_classifier
+
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.12,
+    )
+    model = PooledClassifier(LlamaModel(config), LABELS)
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    save_classifier(model, folder)
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "gptq"},
+        {"algorithm": "awq", "symmetric": False},
+        {"bits": 8, "algorithm": "rtn", "activations": "dynamic"},
+        {"bits": 8, "algorithm": "rtn", "activations": "static"},
+    ],
+)
+def test_a_classifier_in_few_bits_decides_alike(classifier: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    from slmops.compress import export_classifier
+    from slmops.runtime import open_classifier
+
+    about = {key: value for key, value in ABOUT.items() if key != "system"} | {"max_tokens": 48}
+    with drafting("variant", tmp_path / "wide") as draft:
+        export_classifier(classifier, draft, precision="fp32", **about)
+    made = token_rows(classifier, ROWS, None, 48)
+    with drafting("variant", tmp_path / "few") as draft:
+        export_quantized(classifier, draft, QuantizeConfig(**settings), made, closed=True, system=None, **about)
+    few, wide = (Variant.open(tmp_path / name) for name in ("few", "wide"))
+    assert few.model_bytes < 0.6 * wide.model_bytes
+    assert few.description["precision"] == f"int{settings.get('bits', 4)}"
+    given, expected = (open_classifier(one.model_path, threads=1).probabilities(TEXTS) for one in (few, wide))
+    assert np.abs(given - expected).mean() < 0.1

@@ -120,16 +120,17 @@ def test_a_file_to_calibrate_on_that_is_empty_stops_before_the_work(place: Place
         run_until(recipe, store, "data")
 
 
-def test_rows_of_another_language_are_told(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_another_language_are_told(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "rows.jsonl"
     german = "Guten Tag, ich habe meine Karte verloren und möchte bitte sofort eine neue Karte bestellen."
     file.write_text("".join(json.dumps({"text": f"{german} Nummer {i}"}) + "\n" for i in range(5)))
     english = [Row("1", (Message("user", "I have lost my card and would like to order another one, please."),), "yes")]
     assert main_language(english) == "en"
     assert main_language([Row("1", (Message("user", "ok"),))]) is None
-    monkeypatch.setattr(
-        quantize, "language_of", lambda text: "de" if "Karte" in text else "en"
-    )  # its rows are too short to be sure
+    # Its own rows are too short to be sure.
+    monkeypatch.setattr(quantize, "language_of", lambda text: "de" if "Karte" in text else "en")
     recipe = place.recipe(compress={"quantize": ["gptq"], "calibration": {"data": str(file)}})
     with Store.open(tmp_path / "store") as store, caplog.at_level(logging.WARNING):
         run_until(recipe, store, "data")

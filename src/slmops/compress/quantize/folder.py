@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from slmops.compress.quantize.statistics import TokenRow
     from slmops.models.grid import Grid, Quantized
 
-GRAPH_NAME = "model.onnx"
+GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DIVISORS = (128, 64, 32, 16)
 DEFAULT_BLOCKS = (32, 16)
 MORE_BITS = 8
+NODES_BYTES = 1024
+"""At most, what the graph itself grows by for a matrix."""
 SENSITIVITY_ROWS = 8
 """Rows on which the harm of each matrix is measured: the graph runs once a matrix."""
 
@@ -60,7 +62,8 @@ def quantize_folder(
         told["in_8_bits"] = sorted(more)
         told["harm"] = {name: float(f"{harm:.4g}") for name, harm in work.harm.items()}
         codes = {**codes, **more}
-    save_graph(with_codes(model, codes), folder, external=True)
+    external = True if (folder / DATA_NAME).exists() else None
+    save_graph(with_codes(model, codes), folder, external=external)
     return told
 
 
@@ -215,12 +218,10 @@ class _Work:
 
     def _bytes_besides(self) -> int:
         """Of everything in the folder but the matrices."""
-        from slmops.compress.graph_files import DATA_NAME
-
         names = {one.name for one in self.matrices}
         constants = sum(tensor.ByteSize() for tensor in self.model.graph.initializer if tensor.name not in names)
         files = [path for path in self.folder.iterdir() if path.is_file() and path.name != DATA_NAME]
-        return constants + sum(path.stat().st_size for path in files)
+        return constants + sum(path.stat().st_size for path in files) + NODES_BYTES * len(self.matrices)
 
     def _grams(self) -> Iterable[dict[str, Tensor]]:
         from slmops.compress.quantize.statistics import grams
