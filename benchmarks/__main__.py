@@ -12,7 +12,7 @@ from pathlib import Path
 import benchmarks
 from slmops.evaluate.machine import machine_facts
 
-SHARED = {"__main__", "common", "random_weights", "streaming", "bare_child", "served"}
+SHARED = {"__main__", "common", "random_weights", "streaming", "bare_child", "served", "trained"}
 
 
 def names() -> list[str]:

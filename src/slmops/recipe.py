@@ -657,6 +657,92 @@ class PruneConfig(Section):
         return any(shares) or self.vocabulary == "trim" or self.sparsity is not None
 
 
+class CalibrationConfig(Section):
+    """Rows by which what goes through a model's matrices is measured."""
+
+    data: str | None = Field(
+        None, description="jsonl: {messages, target} or {text}; null: the training rows, drawn evenly with the seed"
+    )
+    rows: Annotated[int, Field(gt=0)] = 128
+
+
+QuantizeAlgorithm = Literal["rtn", "k_quant", "hqq", "gptq", "awq"]
+CALIBRATED: frozenset[str] = frozenset({"gptq", "awq"})
+"""Algorithms that look at rows of the task."""
+
+
+class QuantizeConfig(Section):
+    """One more variant of the student, its weights in few bits by an algorithm of choice."""
+
+    bits: Literal[4, 8] = 4
+    algorithm: QuantizeAlgorithm = Field(
+        "gptq",
+        description="rtn: to the nearest; k_quant: scales searched; hqq: zeros searched; gptq: errors made up for; "
+        "awq: channels scaled before",
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(32, description="weights to a scale")
+    symmetric: bool = Field(True, description="false: each block has a zero of its own (half a byte more)")
+    activations: Literal["blocks", "dynamic", "static"] = Field(
+        "blocks",
+        description="what is multiplied: blocks: in 8 bits inside the kernels; with bits 8 also dynamic: one scale a "
+        "tensor, found as it comes; static: one scale found on the calibration rows",
+    )
+    size_mb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="mixed: the matrices whose rounding costs most, measured, get 8 bits as long as all fits"
+    )
+    recover: RecoverConfig | None = Field(
+        None, description="train on the grid beside the model before (open tasks); {} for the defaults; null: not"
+    )
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")] | None = Field(
+        None, description="of the variant; null: made of the keys above"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        return {"algorithm": raw} if isinstance(raw, str) else raw
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> QuantizeConfig:
+        if self.activations != "blocks" and (self.bits, self.algorithm) != (8, "rtn"):
+            raise ValueError(
+                f"compress.quantize: activations: {self.activations} goes with bits: 8 and algorithm: rtn, and these "
+                f"are {self.bits} and {self.algorithm}"
+            )
+        if self.activations != "blocks" and self.recover is not None:
+            raise ValueError("compress.quantize: recover trains on a grid of weights; leave activations out")
+        if self.algorithm == "hqq" and self.symmetric:
+            if "symmetric" in self.model_fields_set:
+                raise ValueError("compress.quantize: hqq finds a zero for each block, so symmetric is false with it")
+            object.__setattr__(self, "symmetric", False)
+        if self.size_mb is not None and self.bits == 8:
+            raise ValueError(
+                "compress.quantize: size_mb gives some matrices 8 bits instead of 4, and bits is 8 already"
+            )
+        if self.recover is not None and (not self.symmetric or self.algorithm != "rtn" or self.size_mb is not None):
+            raise ValueError(
+                "compress.quantize: recover trains on the symmetric grid of algorithm: rtn, all matrices in the "
+                "same bits"
+            )
+        return self
+
+    @property
+    def variant(self) -> str:
+        """The variant's name: ``int4-gptq``, ``int4-awq-64-asymmetric-mixed`` …"""
+        details = [f"int{self.bits}", self.algorithm]
+        details += [str(self.block_size)] if self.block_size != 32 else []
+        details += ["asymmetric"] if not self.symmetric and self.algorithm != "hqq" else []
+        details += [self.activations] if self.activations != "blocks" else []
+        details += ["mixed"] if self.size_mb is not None else []
+        details += ["recovered"] if self.recover is not None else []
+        return self.name or "-".join(details)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rows are looked at."""
+        return self.algorithm in CALIBRATED or self.activations == "static" or self.size_mb is not None
+
+
 class CompressConfig(Section):
     """Which variants are made and measured, and which one may go into the bundle."""
 
@@ -674,18 +760,27 @@ class CompressConfig(Section):
     embeddings: bool = Field(
         False, description="open tasks: ONNX graphs also give their hidden states, for /v1/embeddings"
     )
+    quantize: tuple[QuantizeConfig, ...] = Field(
+        (), description="variants in few bits by other algorithms: gptq, awq, hqq, k_quant, rtn, or sections"
+    )
+    calibration: CalibrationConfig = CalibrationConfig()
 
-    @field_validator("formats", mode="before")
+    @field_validator("formats", "quantize", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | Mapping | FormatConfig) else value
+        return [value] if isinstance(value, str | Mapping | FormatConfig | QuantizeConfig) else value
 
     @model_validator(mode="after")
     def _own_names(self) -> CompressConfig:
-        names = [*self.precisions, *(one.variant for one in self.formats)]
+        names = list(self.variants)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"compress makes two variants named {twice[0]}: give one of them another name")
         return self
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of all forms of the student, as ``choose`` takes them."""
+        return (*self.precisions, *(one.variant for one in self.formats), *(one.variant for one in self.quantize))
 
 
 class BenchmarkConfig(Section):
@@ -1191,6 +1286,8 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
             part["prices"] = Path(part["prices"]).name
     for made in raw["compress"]["formats"]:
         made["config"] = made["config"] and Path(made["config"]).name
+    calibration = raw["compress"]["calibration"]
+    calibration["data"] = calibration["data"] and Path(calibration["data"]).name
     train = raw["train"]
     for key in ("loss", "tracking_folder"):
         train[key] = train[key] and Path(train[key]).name
@@ -1376,6 +1473,9 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
             made["config"] = str((folder / made["config"]).resolve())
     if isinstance(compress, dict) and "formats" in compress:
         compress["formats"] = formats
+    calibration = compress.get("calibration") if isinstance(compress, dict) else None
+    if isinstance(calibration, dict) and isinstance(calibration.get("data"), str):
+        calibration["data"] = str((folder / calibration["data"]).resolve())
     distill = raw.get("distill")
     texts = distill.get("unlabelled") if isinstance(distill, dict) else None
     if isinstance(distill, dict) and isinstance(texts, str) and not _has_scheme(texts):
@@ -1470,7 +1570,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         parsed = value
     section[last] = value if (*parents, last) in _TEMPLATES and parsed is not None else parsed
-    files = {"data.train", "data.validation", "data.test", "distill.unlabelled"}
+    files = {"data.train", "data.validation", "data.test", "distill.unlabelled", "compress.calibration.data"}
     if name in files and parsed is not None and not _has_scheme(value):
         section[last] = str(Path(value).resolve())
     if name in {"teacher.prices", "teacher.judge.prices"} and isinstance(parsed, str):

@@ -9,6 +9,7 @@ Not covered: how much a lower precision costs. That is measured by the stage eva
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,17 +54,21 @@ def export_classifier(
     name: str,
     max_tokens: int,
     work_fp32: Path | None = None,
+    stored_as: str | None = None,
+    change: Callable[[Path], None] | None = None,
     progress: ProgressSink = ignore,
 ) -> None:
     """Fill ``draft`` with the classifier at ``checkpoint_folder``, at ``precision``.
 
     ``work_fp32``: a folder that keeps the fp32 graph, so that further precisions of the same checkpoint start from it.
+    ``change``: called with the folder when the graph is in it; ``stored_as``: the precision that it leads to.
 
     Raises:
         ModelError: the folder is not a classifier.
         ConversionError: a tool failed, or what it made does not answer, or not as torch does.
     """
-    task_name = f"compress {precision}"
+    stored = stored_as or precision
+    task_name = f"compress {stored}"
     refuse_bottlenecks(checkpoint_folder)
     config = read_json(checkpoint_folder / "config.json")
     labels = read_labels(checkpoint_folder)
@@ -82,14 +87,16 @@ def export_classifier(
         if precision == "int8":
             weight_only = products_with_outliers(graph, int(config["vocab_size"]), max_tokens)
         save_graph(at_precision(graph, precision, weight_only), folder)
-    del graph
+        del graph
+        if change is not None:
+            change(folder)
     progress(Progress(task_name, 2, STEPS, "steps", "tokenizer"))
     copy_tokenizer(checkpoint_folder, folder)
     write_description(
         folder,
         runtime="onnx",
         form="classifier",
-        precision=precision,
+        precision=stored,
         parameters=parameters,
         labels=labels,
         max_tokens=max_tokens,
@@ -101,7 +108,7 @@ def export_classifier(
     progress(Progress(task_name, 3, STEPS, "steps", "check"))
     check_files(folder, [GRAPH_NAME], what, remedy)
     check_answers(what, remedy, lambda: _ask(folder))
-    draft.metrics |= {"precision": precision, "parameters": parameters, "weight_only_products": len(weight_only)}
+    draft.metrics |= {"precision": stored, "parameters": parameters, "weight_only_products": len(weight_only)}
     progress(Progress(task_name, STEPS, STEPS, "steps"))
 
 

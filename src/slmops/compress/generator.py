@@ -3,9 +3,10 @@
 The graph is made by onnxruntime-genai's own builder in a child process, without a network and with its prints in a log
 file. Precisions: fp32; fp16 (weights stored in half precision, sums and cache in fp32: the builder's own fp16 graphs do
 not run on a CPU); int8 and int4 (weights in blocks of 32 with a scale each, activations in 8 bits inside the kernels,
-the rest fp32). The builder leaves the embeddings of an int8 model
-in fp32, for a model of 135 M parameters almost half of the file; here they become 8 bits too, and one matrix with the
-output layer where the model ties the two.
+the rest fp32). int4 is made of the builder's fp32 graph, with scales that are searched
+(:mod:`slmops.compress.quantize`). The builder leaves the embeddings of an int8 model in fp32, for a model of 135 M
+parameters almost half of the file; here they become 8 bits too, and one matrix with the output layer where the model
+ties the two.
 
 Guarantees: what is written was loaded, and gave an answer whose log-probability is finite.
 Not covered: how much a lower precision costs. That is measured by the stage evaluate.
@@ -47,11 +48,13 @@ BUILDER_FILES = (GRAPH_NAME, DATA_NAME, "genai_config.json", "tokenizer_config.j
 
 BLOCK = 32
 QUANTIZED_OPTIONS = ("accuracy_level=4", f"block_size={BLOCK}")
+BUILT_AS: dict[Precision, str] = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "fp32"}
+"""What the builder is asked for; the rest is done here."""
 OPTIONS: dict[Precision, tuple[str, ...]] = {
     "fp32": (),
     "fp16": (),
     "int8": QUANTIZED_OPTIONS,
-    "int4": (*QUANTIZED_OPTIONS, "op_types_to_quantize=MatMul/Gather"),
+    "int4": (),
 }
 TRIAL_TOKENS = 4
 UNKNOWN_MODEL = "model is not currently supported"
@@ -74,6 +77,7 @@ def export_generator(
     system: str | None,
     builder_options: Sequence[str] = (),
     change: Callable[[Path], None] | None = None,
+    stored_as: str | None = None,
     adapters: Sequence[str] = (),
     progress: ProgressSink = ignore,
 ) -> None:
@@ -81,7 +85,8 @@ def export_generator(
     ``draft.work/builder-<precision>.log``.
 
     ``builder_options``: more of the builder's own, ``key=value``. ``change``: called with the folder when graph and
-    weights are in it. ``adapters``: names of those that ``change`` puts beside.
+    weights are in it. ``stored_as``: the precision that ``change`` leads to. ``adapters``: names of those that
+    ``change`` puts beside.
 
     Raises:
         ModelError: the folder is not a language model with a chat template.
@@ -91,7 +96,8 @@ def export_generator(
     check_template(ChatTokenizer.load(checkpoint_folder), checkpoint_folder)
     parameters = count_parameters(checkpoint_folder)
     folder = model_folder(draft)
-    task_name = f"compress {precision}"
+    stored = stored_as or precision
+    task_name = f"compress {stored}"
     what, remedy = f"Building the {precision} model", f"Leave {precision} out of compress.precisions."
     progress(Progress(task_name, 0, STEPS, "steps", "build"))
     built = _build(checkpoint_folder, draft.work, precision, what, remedy, builder_options)
@@ -99,7 +105,7 @@ def export_generator(
         for file in BUILDER_FILES:
             if (built / file).exists():
                 shutil.move(built / file, folder / file)
-        if precision in ("fp16", "int8"):
+        if precision != "fp32":
             _rewrite(folder, precision)
         if change is not None:
             change(folder)
@@ -110,7 +116,7 @@ def export_generator(
         folder,
         runtime="onnx-genai",
         form="generator",
-        precision=precision,
+        precision=stored,
         parameters=parameters,
         labels=None,
         max_tokens=max_tokens,
@@ -122,7 +128,7 @@ def export_generator(
     )
     progress(Progress(task_name, 2, STEPS, "steps", "check"))
     check_answers(what, remedy, lambda: ask_genai(folder))
-    draft.metrics |= {"precision": precision, "parameters": parameters}
+    draft.metrics |= {"precision": stored, "parameters": parameters}
     progress(Progress(task_name, STEPS, STEPS, "steps"))
 
 
@@ -140,7 +146,7 @@ def _build(
     content = {
         "checkpoint": str(checkpoint.resolve()),
         "output": str(built.resolve()),
-        "precision": "fp32" if precision == "fp16" else precision,
+        "precision": BUILT_AS[precision],
         "cache": str((work / "builder-cache").resolve()),
         "options": ["hf_token=false", *OPTIONS[precision], *options],
     }
@@ -160,15 +166,15 @@ def _build(
 
 
 def _rewrite(folder: Path, precision: Precision) -> None:
-    """What the builder does not do for a CPU: fp16 out of its fp32 graph, and embeddings of an int8 graph in 8 bits."""
+    """What the builder does not do for a CPU, or not as well."""
     import onnx
 
     from slmops.compress.graph_files import save_graph
     from slmops.compress.precision import shrink_embeddings, to_fp16
+    from slmops.compress.quantize.folder import in_four_bits
 
-    model = onnx.load(folder / GRAPH_NAME)
-    model = to_fp16(model) if precision == "fp16" else shrink_embeddings(model)
-    save_graph(model, folder, external=True)
+    rewrite = {"fp16": to_fp16, "int8": shrink_embeddings, "int4": in_four_bits}[precision]
+    save_graph(rewrite(onnx.load(folder / GRAPH_NAME)), folder, external=True)
 
 
 def ask_genai(folder: Path) -> Any:

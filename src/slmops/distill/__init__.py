@@ -10,6 +10,7 @@ from slmops.distill.distribution import keep_distribution
 from slmops.distill.engine import OpenAITeacher
 from slmops.distill.estimate import Estimate, estimate
 from slmops.distill.judge import judge_config
+from slmops.distill.language import language_of
 from slmops.distill.privacy import check_remote_allowed, leaves_machine
 from slmops.distill.prompts import student_messages, teacher_messages, teacher_request
 from slmops.distill.teachers import LocalTeacher, TeacherFailure, TextTeacher
@@ -31,6 +32,7 @@ __all__ = [
     "judge_config",
     "keep_distribution",
     "keep_token_signals",
+    "language_of",
     "leaves_machine",
     "plan_token_signals",
     "redacted",

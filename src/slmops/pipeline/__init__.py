@@ -6,12 +6,13 @@ and no more.
 
 ::
 
-    teach   data, teacher, answers, student
-    prune   what is removed from it, and what it learns after
-    search  which values of the student's keys are best, where the recipe asks
-    fit     the same with the budget as its goal
-    prove   export, score, measure, judge
-    ship    bundle, and the folder where a person finds it
+    teach     data, teacher, answers, student
+    prune     what is removed from it, and what it learns after
+    search    which values of the student's keys are best, where the recipe asks
+    fit       the same with the budget as its goal
+    prove     export, score, measure, judge
+    quantize  forms in few bits: rows to calibrate on, what is learnt on the grid
+    ship      bundle, and the folder where a person finds it
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from slmops.pipeline.fit import find_smallest
 from slmops.pipeline.judge import check_metrics
 from slmops.pipeline.prove import evaluate
 from slmops.pipeline.prune import check_prunable, check_prune, make_learnt
+from slmops.pipeline.quantize import check_calibration, check_quantize
 from slmops.pipeline.search import find_best
 from slmops.pipeline.ship import make_place, package, publish, write_recipe
 from slmops.pipeline.teach import (
@@ -193,6 +195,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     prune = context.recipe.compress.prune
     if prune is not None and (prune.of == "teacher" or not context.recipe.closed or context.named_student):
         check_prunable((context.base if prune.of == "teacher" else context.named_student or context.base).path, prune)
+    check_calibration(context, data)
     yield "data", {"data": data}
     teacher = make_teacher(context, data)
     yield "teacher", {} if teacher is None else {"teacher": teacher}
@@ -210,7 +213,7 @@ def _walk(context: Context, folder: Path) -> Iterator[tuple[str, dict[str, Artif
     whole, student = make_learnt(context, data, answers, teacher)
     untaught = make_student(context, "untaught", data, taught=False) if context.wants_untaught else None
     yield "student", {"student": student}
-    report = evaluate(context, data, teacher, student, untaught, whole=whole)
+    report = evaluate(context, data, teacher, student, untaught, whole=whole, answers=answers)
     yield "evaluate", {"report": report}
     yield "package", {"report": report, "bundle": package(context, report, data, teacher, student)}
 
@@ -267,16 +270,17 @@ def _check(recipe: Recipe) -> None:
         )
     check_remote_allowed(recipe.teacher, recipe.privacy)
     wanted = recipe.compress.choose
-    made = (*recipe.compress.precisions, *(one.variant for one in recipe.compress.formats))
+    made = recipe.compress.variants
     if wanted != "auto" and wanted not in made:
         raise RecipeError(
-            f"compress.choose is {wanted}, which is not among compress.precisions or formats.",
+            f"compress.choose is {wanted}, which is not among compress.precisions, formats or quantize.",
             remedy=f"Add it there, or choose one of {', '.join(made)}.",
         )
     check_formats(recipe)
     if problem := impossible_signals(recipe):
         raise problem
     check_prune(recipe)
+    check_quantize(recipe)
     for key in TRAIN_ONLY:
         value = getattr(recipe.train, key)
         if key == "method" and recipe.train.engine == "olive":

@@ -41,6 +41,7 @@ from slmops.pipeline.benchmarks import (
 )
 from slmops.pipeline.calibrate import calibration_of
 from slmops.pipeline.context import Context
+from slmops.pipeline.quantize import quantized
 from slmops.pipeline.teach import asked_config
 from slmops.progress import Progress, ProgressSink
 from slmops.recipe import FormatConfig, Precision, Recipe, portable_recipe
@@ -78,12 +79,14 @@ def evaluate(
     untaught: Checkpoint | None,
     *,
     whole: Checkpoint | None = None,
+    answers: Dataset | None = None,
 ) -> Report:
     """Export, score and measure everything, on the same rows and in the same time window; then judge.
 
-    ``whole``: the student before it was pruned; itself or None where it was not.
+    ``whole``: the student before it was pruned; itself or None where it was not. ``answers``: what the student learnt
+    from, for forms that are calibrated or trained on; None: ``data``.
     """
-    measured = _measured(context, data, teacher, student, whole)
+    measured = _measured(context, data, teacher, student, whole, answers or data)
     baselines = _baselines(context, data, untaught)
     teacher_entry = (
         _remote_teacher_entry(context, data) if teacher is None else _entry(context, measured["teacher-torch"])
@@ -129,7 +132,12 @@ def evaluate(
 
 
 def _measured(
-    context: Context, data: Dataset, teacher: Checkpoint | None, student: Checkpoint, whole: Checkpoint | None
+    context: Context,
+    data: Dataset,
+    teacher: Checkpoint | None,
+    student: Checkpoint,
+    whole: Checkpoint | None,
+    answers: Dataset,
 ) -> dict[str, _Measured]:
     compress = context.recipe.compress
     sources: list[tuple[str, Checkpoint, tuple[Precision, ...]]] = [("student", student, compress.precisions)]
@@ -147,6 +155,9 @@ def _measured(
         variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
         if who == "student":
             variants |= {f"{who}-{one.variant}": formatted(context, who, checkpoint, one) for one in compress.formats}
+            variants |= {
+                f"{who}-{one.variant}": quantized(context, who, checkpoint, answers, one) for one in compress.quantize
+            }
         checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
     scores = {name: score_variant(context, name, variant, data) for name, variant in variants.items()}
     parities = _parities(context, variants, scores, data)
@@ -736,7 +747,7 @@ def _drift_entry(parity: Parity, candidate: Candidate) -> dict[str, Any]:
 
 def _candidates(recipe: Recipe, measured: Mapping[str, _Measured]) -> list[Candidate]:
     """The student's exported forms that may go into the bundle."""
-    made = (*recipe.compress.precisions, *(one.variant for one in recipe.compress.formats))
+    made = recipe.compress.variants
     wanted = made if recipe.compress.choose == "auto" else (recipe.compress.choose,)
     return [measured[f"student-{name}"].candidate for name in wanted]
 

@@ -52,6 +52,8 @@ def uploads_of(recipe: Recipe) -> dict[str, tuple[str, Path]]:
         found["general"] = ("train.forgetting.data", Path(recipe.train.forgetting.data))
     if recipe.train.preferences is not None:
         found["preferences"] = ("train.preferences.file", Path(recipe.train.preferences.file))
+    if recipe.compress.calibration.data is not None:
+        found["calibration"] = ("compress.calibration.data", Path(recipe.compress.calibration.data))
     return found
 
 

@@ -1,0 +1,65 @@
+"""Tokens a second of one client: 4 bits in onnxruntime-genai beside llama.cpp, the same weights at the same bits.
+
+SmolLM2-135M as trained here. Ours is ``compress.precisions: int4`` (blocks of 32, a scale in half precision); the peer
+is llama.cpp's Q4_0, which is the same grid, through xllamacpp. Q4_K_M and the builder's own 4 bits are told beside. All
+forms are open in this process, on all cores, and answer the same questions greedily by turns, :data:`TOKENS` new tokens
+each; what is timed is the whole answer, prompt included. The order changes every round. The ratio is of the medians,
+its spread the smallest and largest ratio of a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+from typing import Any
+
+from benchmarks.common import say, spread
+from benchmarks.int4_quality import Forms, ask
+from benchmarks.trained import Row, trained_weights
+from slmops.runtime import GenerationRequest, open_generator
+
+TOKENS, ROUNDS, QUESTIONS = 64, 8, 3
+QUICK_TOKENS, QUICK_ROUNDS, QUICK_QUESTIONS = 8, 2, 1
+OURS, PEER = "int4 k_quant", "gguf q4_0"
+BESIDE = ("int4 gptq, mixed", "builder int4", "gguf q4_k_m")
+TARGET = 1.0
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    quick = options.quick
+    trained = trained_weights(options)
+    forms = Forms(trained, options.store / ("int4-quick" if quick else "int4"), quick=quick)
+    names = (OURS, PEER) if quick else (OURS, PEER, *BESIDE)
+    questions = trained.answers[: QUICK_QUESTIONS if quick else QUESTIONS]
+    opened = {name: open_generator(forms.made(name)) for name in names}
+    for one in opened.values():
+        rate_of(one, questions[:1], 4)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(QUICK_ROUNDS if quick else ROUNDS):
+        for name in names if number % 2 else reversed(names):
+            rates[name].append(rate_of(opened[name], questions, QUICK_TOKENS if quick else TOKENS))
+            say(f"round {number}, {name}: {rates[name][-1]:.1f} tokens/s")
+    for one in opened.values():
+        one.close()
+    ratios = [ours / peer for ours, peer in zip(rates[OURS], rates[PEER], strict=True)]
+    ratio = median(rates[OURS]) / median(rates[PEER])
+    return {
+        "ours": {"tokens_per_s": median(rates[OURS])},
+        "peer": {"tokens_per_s": median(rates[PEER])},
+        "ratio": ratio,
+        "spread": spread(ratios),
+        "target": TARGET,
+        "passed": quick or ratio >= TARGET,
+        "forms": {name: {"tokens_per_s": median(values), "range": spread(values)} for name, values in rates.items()},
+        "tokens": TOKENS,
+    }
+
+
+def rate_of(opened: Any, questions: list[Row], tokens: int) -> float:
+    """New tokens a second over all ``questions``."""
+    started, made = time.perf_counter(), 0
+    for row in questions:
+        request = GenerationRequest(ask(row.question), max_tokens=tokens)
+        made += opened.generate([request])[0].completion_tokens
+    return made / (time.perf_counter() - started)
