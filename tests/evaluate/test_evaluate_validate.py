@@ -44,6 +44,7 @@ class Wrong(http.server.ThreadingHTTPServer):
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 self._send(200, {"data": [{"id": "wrong"}]})
