@@ -150,7 +150,7 @@ def test_each_fault_is_found_by_its_check(fault: str, check: str, said: str) -> 
 @pytest.mark.parametrize(("bytes_a_request", "passed"), [(0, True), (200, True), (100_000, False)])
 def test_a_leak_is_found(bytes_a_request: int, passed: bool) -> None:
     wrong = Wrong()
-    settings = ValidateSettings(soak_requests=600)
+    settings = ValidateSettings(soak_requests=2000)
     found = validate(Leaking(wrong, bytes_a_request), SUBJECT, settings, machine={}, only=["soak"])
     wrong.shutdown()
     (check,) = found.checks
