@@ -44,6 +44,7 @@ class Wrong(http.server.ThreadingHTTPServer):
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 self._send(200, {"data": [{"id": "wrong"}]})
@@ -149,7 +150,7 @@ def test_each_fault_is_found_by_its_check(fault: str, check: str, said: str) -> 
 @pytest.mark.parametrize(("bytes_a_request", "passed"), [(0, True), (200, True), (100_000, False)])
 def test_a_leak_is_found(bytes_a_request: int, passed: bool) -> None:
     wrong = Wrong()
-    settings = ValidateSettings(soak_requests=600)
+    settings = ValidateSettings(soak_requests=2000)
     found = validate(Leaking(wrong, bytes_a_request), SUBJECT, settings, machine={}, only=["soak"])
     wrong.shutdown()
     (check,) = found.checks
@@ -302,3 +303,30 @@ def test_rows_are_asked_as_the_report_was_made(tmp_path: Path) -> None:
         found = validate(Served(url), subject, QUICK, machine={}, rows=rows, only=["in_domain"])
     assert found.checks[0].evidence["value"] == 1.0
     assert found.passed
+
+
+def test_the_recipes_test_rows_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_classifier(tmp_path / "model", task="classification")
+    classifier = open_classifier(tmp_path / "model")
+    texts = [
+        f"{verb} my {noun} number {n}" for n in range(20) for verb in ("lost", "top up") for noun in ("card", "fee")
+    ]
+    best = classifier.probabilities(texts).argmax(axis=1)
+    lines = [f'"{text}",{json.dumps(LABELS[label])}' for text, label in zip(texts, best, strict=True)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    recipe = {
+        "name": "rows",
+        "task": "classification",
+        "data": {"train": "rows.csv", "input": "{text}", "target": "{label}", "near_duplicates": None},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    ran = CliRunner().invoke(
+        app,
+        ["validate", "model", "--recipe", "recipe.yaml", "--only", "in_domain", "--json"],
+        catch_exceptions=False,
+    )
+    (check,) = json.loads(ran.stdout)["checks"]
+    assert (check["evidence"]["metric"], check["evidence"]["value"]) == ("accuracy", 1.0)
+    assert check["evidence"]["rows"] >= 4
+    assert ran.exit_code == 0

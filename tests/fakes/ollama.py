@@ -53,6 +53,7 @@ class FakeOllama:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 self._json(200, {"version": "0.99.0-fake"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.server
 import io
 import json
@@ -32,7 +33,7 @@ from slmops.runtime.description import ModelDescription
 from slmops.serve import connections, limits
 from slmops.serve.engine import Engine
 from slmops.serve.keys import KeyFile
-from slmops.serve.logs import JsonFormatter
+from slmops.serve.logs import JsonFormatter, RequestLog
 from slmops.serve.operate import Operated, ServeOptions, operate
 from slmops.serve.reload import Version
 from slmops.serve.server import background
@@ -543,3 +544,29 @@ def test_serve_says_what_it_was_told_wrongly(two_versions: tuple[Path, Path], tm
     assert "Choose text or json" in said("--log", "xml")
     assert "slmops keys make" in said("--keys", str(tmp_path / "none.json"))
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" in said("--otel")
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_no_request() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        RequestLog(Full()) as request_log,
+        background(operate("one", Shelf().load, ServeOptions("talker"), request_log=request_log)) as url,
+    ):
+        for _ in range(2):
+            assert ask(url).status_code == 200
+            time.sleep(0.3)
+
+
+def test_the_request_log_has_every_request_in_order() -> None:
+    stream = io.StringIO()
+    with (
+        RequestLog(stream) as request_log,
+        background(operate("one", Shelf().load, ServeOptions("talker"), request_log=request_log)) as url,
+    ):
+        ids = [ask(url).headers["x-request-id"] for _ in range(5)]
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["id"] for line in lines] == ids
+    assert all(line["path"] == "/v1/chat/completions" and line["ms"] > 0 for line in lines)

@@ -145,12 +145,17 @@ def _shown(target: Target, prompt: str | None, requests: int, max_tokens: int, *
         for line in lines(found):
             typer.echo(line)
     if keep:
-        typer.echo(f"{target.name} serves {target.model_id} at {target.base_url} (Ctrl-C ends it).", err=True)
-        ended = threading.Event()
-        before = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGINT, signal.SIGTERM)}
-        ended.wait()
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        _wait_for_the_end(f"{target.name} serves {target.model_id} at {target.base_url} (Ctrl-C ends it).")
+
+
+def _wait_for_the_end(said: str) -> None:
+    """Until SIGINT or SIGTERM; what was opened around this is closed afterwards."""
+    ended = threading.Event()
+    before = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGINT, signal.SIGTERM)}
+    typer.echo(said, err=True)
+    ended.wait()
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def lines(found: Deployed) -> list[str]:

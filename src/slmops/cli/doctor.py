@@ -36,8 +36,8 @@ FAST_FLAGS = {
 """What int8 and int4 kernels look for -> the names that the system gives it."""
 
 VERBS = {
-    "": ("doctor", "verify", "chat", "bench"),
-    "serve": ("serve",),
+    "": ("doctor", "verify", "chat", "bench", "deploy"),
+    "serve": ("serve", "keys", "validate"),
     "train": (
         "init",
         "data",

@@ -46,8 +46,8 @@ def validate(
 ) -> None:
     """Tell whether a bundle is fit for production.
 
-    One page has the evidence: answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory
-    over a soak, all asked over HTTP. Exit code 1: a check failed.
+    Answers in domain, output format, input lengths, edge cases, invalid requests, callers at once, and memory over a
+    soak, all asked over HTTP; one page has the evidence. Exit code 1: a check failed.
     """
     from slmops.cli.render import print_json, progress_bars
     from slmops.errors import UsageError

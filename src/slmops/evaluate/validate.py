@@ -474,7 +474,7 @@ def _soak_in_words(slope: Trend, failed: int, settings: ValidateSettings) -> str
         return f"{failed} of {settings.soak_requests:,} requests failed."
     low, high = slope.ci95
     return (
-        f"{slope.slope:+.0f} bytes a request ({low:+.0f} to {high:+.0f}) over {settings.soak_requests:,} requests, "
+        f"{slope.slope:+,.0f} bytes a request ({low:+,.0f} to {high:+,.0f}) over {settings.soak_requests:,} requests, "
         f"after warm-up."
     )
 

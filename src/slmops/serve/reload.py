@@ -9,6 +9,7 @@ Not covered: memory. Both versions are held until the old one has drained.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -178,7 +179,8 @@ class Switch:
                     "served here.",
                     remedy="Start another server for it.",
                 )
-            await warm(engine)
+            # In a context of its own: its tokens are not those of the request that asks for the reload.
+            await asyncio.create_task(warm(engine), context=contextvars.Context())
             fresh = Generation(version, app := self._build(version, engine), engine)
             await fresh.stack.enter_async_context(app.router.lifespan_context(app))
         except BaseException:

@@ -4,7 +4,7 @@ Guarantees: a child that dies, of whatever, is started again, after a pause that
 callers that connect meanwhile wait in the system's queue and are not refused; SIGTERM, SIGINT and SIGHUP reach the
 child. A child that ends with an error before it has lived for :data:`SETTLED_S` is not tried again: its configuration
 is wrong.
-Not covered: the requests at hand when the child dies.
+Not covered: the requests at hand when the child dies; a parent that is killed, whose child answers on alone.
 
 The child finds the listening socket by its number in ``SLMOPS_LISTEN_FD``; systemd's socket activation works alike.
 """
