@@ -199,8 +199,8 @@ class Service:
     async def _planned(
         self, messages: Sequence[Message], wish: Wish, param: str
     ) -> tuple[ToolFormat, Constraint | None]:
-        """How calls are written, and what the answer has to keep to. Long texts and schemas are looked at elsewhere than
-        on the event loop."""
+        """How calls are written, and what the answer has to keep to. Long texts and schemas are not looked at on the
+        event loop."""
 
         def plan() -> tuple[ToolFormat, Constraint | None]:
             form = check_controls(self.engine.model, messages, wish.offered, param)
