@@ -16,6 +16,7 @@ from slmops.artifacts import Message, Variant, drafting
 from slmops.chat import ChatTokenizer
 from slmops.compress.gguf_export import export_gguf
 from slmops.compress.openvino_export import export_openvino
+from slmops.errors import UsageError
 from slmops.runtime import Constraint, Delta, GenerationRequest, Generator, abilities_of, open_generator
 from slmops.runtime.constraint import ConstraintError, Masks, TokenMask, check_constraint
 from slmops.runtime.guide import top_tokens
@@ -164,6 +165,15 @@ def _follow(mask: TokenMask, tokens: list[int]) -> None:
     for token in tokens:
         assert mask.allowed()[token]
         mask.push(token)
+
+
+def test_an_engine_that_cannot_says_so_instead_of_ignoring_it(checkpoint: Path) -> None:
+    generator = open_generator(checkpoint, threads=1)
+    assert not abilities_of(generator)
+    for options in ({"constraint": BY_SCHEMA}, {"top_logprobs": 0}, {"tools": ({"type": "function"},)}):
+        with pytest.raises(UsageError, match="plain text"):
+            list(generator.stream(GenerationRequest(ASKED, max_tokens=2, **options)))  # type: ignore[arg-type]
+    generator.close()
 
 
 def test_the_likeliest_tokens_best_first() -> None:

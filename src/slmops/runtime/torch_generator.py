@@ -351,6 +351,11 @@ def check_request(request: GenerationRequest) -> None:
             f"There is no adapter named {request.adapter!r}: this model is whole.",
             remedy="Keep adapters apart: slmops adapters export.",
         )
+    if request.constraint is not None or request.top_logprobs is not None or request.tools:
+        raise UsageError(
+            "torch writes plain text here: no functions, no schema, no log-probabilities of tokens.",
+            remedy="Compress the checkpoint, and ask that: slmops compress.",
+        )
     if request.max_tokens < 1:
         raise UsageError(f"max_tokens is {request.max_tokens}.", remedy="Ask for at least 1 token.")
     if not 0 <= request.temperature < float("inf"):

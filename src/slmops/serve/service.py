@@ -14,7 +14,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from slmops.artifacts import Message
-from slmops.runtime import Ability, Delta, Embeds, GenerationRequest, Probabilities, abilities_of
+from slmops.chat import ToolFormat
+from slmops.runtime import Ability, Constraint, Delta, Embeds, GenerationRequest, Probabilities, abilities_of
 from slmops.serve.answers import Envelope, Kind, PlainJSON, usage_of
 from slmops.serve.conversation import Wish, as_told, check_controls, check_room, choice_of, constraint_of, room_for
 from slmops.serve.embeddings import embeddings_body
@@ -31,6 +32,7 @@ from slmops.serve.watch import watching
 DEFAULT_MAX_TOKENS = 512
 """New tokens where the caller names no limit: the cache is allocated for them."""
 TOP_LABELS = 5
+LONG_CHARACTERS = 50_000
 
 
 class Service:
@@ -173,8 +175,7 @@ class Service:
             self._need("tools", "tools" if wish.offered else param)
         if wish.top_logprobs is not None:
             self._need("logprobs", "logprobs" if param == "messages" else "top_logprobs")
-        form = check_controls(self.engine.model, told, wish.offered, param)
-        constraint = await asyncio.to_thread(constraint_of, wish, form)
+        form, constraint = await self._planned(told, wish, param)
         if constraint is not None:
             self._need(constraint.kind, "tool_choice" if wish.schema is None else wish.schema_param)
         wanted = GenerationRequest(
@@ -200,6 +201,19 @@ class Service:
             pieces(self.engine.stream(partial(start, one)), CallScanner(form, names) if names else None)
             for one in _several(wanted, body.n)
         ]
+
+    async def _planned(
+        self, messages: Sequence[Message], wish: Wish, param: str
+    ) -> tuple[ToolFormat, Constraint | None]:
+        """How calls are written, and what the answer has to keep to. Long texts and schemas are not looked at on the
+        event loop."""
+
+        def plan() -> tuple[ToolFormat, Constraint | None]:
+            form = check_controls(self.engine.model, messages, wish.offered, param)
+            return form, constraint_of(wish, form)
+
+        long = sum(len(message.content) for message in messages) > LONG_CHARACTERS
+        return await asyncio.to_thread(plan) if long or wish.offered or wish.schema is not None else plan()
 
     def _need(self, ability: Ability, param: str) -> None:
         """Raises :class:`ApiError` where the engine has not got ``ability``."""

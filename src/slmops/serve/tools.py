@@ -102,9 +102,9 @@ def tools_constraint(
     Raises:
         ApiError: a schema is refused.
     """
-    checked = [_parameters(function, index) for index, function in enumerate(functions)]
     if choice == "auto" and schema is None and not any(function.strict for function in functions):
         return None
+    checked = [_parameters(function, index) for index, function in enumerate(functions)]
     if schema is not None:
         json_constraint(schema, param)
     return calls_grammar(
