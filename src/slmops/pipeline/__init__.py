@@ -52,7 +52,16 @@ from slmops.progress import ProgressSink, ignore
 from slmops.recipe import FormatConfig, Precision, Recipe
 from slmops.store import Store, code_version
 
-__all__ = ["STAGES", "BaseForm", "RunResult", "base_variant", "distill_recipe", "estimate_recipe", "run_recipe", "run_until"]
+__all__ = [
+    "STAGES",
+    "BaseForm",
+    "RunResult",
+    "base_variant",
+    "distill_recipe",
+    "estimate_recipe",
+    "run_recipe",
+    "run_until",
+]
 
 BaseForm = Literal["onnx", "openvino", "gguf"]
 SERVED_MAX_TOKENS = 2048

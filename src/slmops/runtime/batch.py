@@ -230,7 +230,7 @@ class BatchGenerator(ABC):
 
     def _push(self, stream: BatchedStream, token: int, logprob: float) -> None:
         answer = stream.answer
-        if answer.finish_reason:
+        if stream.ended:
             return
         before = answer.tokens
         text = answer.push(token)
@@ -277,4 +277,3 @@ def _whole(stream: Iterator[Delta]) -> Generation:
     last = pieces[-1]
     text = "".join(piece.text for piece in pieces)
     return Generation(text, last.finish_reason or "stop", last.prompt_tokens, last.completion_tokens, last.logprob)
-
