@@ -2,8 +2,8 @@
 
 A line ``{"prompts": [[...], ...], "tokens"}`` comes in on standard input for every run: as many callers as there are
 rows, each with its prompts one after the other. One goes out: ``{"tokens_per_s", "first_s": [...]}``. Kinds:
-``openvino`` and ``openvino-f32`` (its continuous batching as it is, and with fp32 asked for), ``genai`` (onnxruntime-genai's
-generator, one caller), ``llama`` (llama.cpp's slots), ``llama-server`` (its HTTP server: the first line has its URL).
+``openvino`` and ``openvino-f32`` (its continuous batching as it is, and with fp32 asked for), ``genai``
+(onnxruntime-genai's generator, one caller), ``llama`` (llama.cpp's slots), ``llama-server`` (its HTTP server: the first line has its URL).
 """
 
 from __future__ import annotations

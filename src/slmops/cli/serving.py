@@ -1,5 +1,4 @@
-"""From what a person wants served to an engine that answers: which forms of it there are, which is fastest here, and who
-answers what it is unsure of."""
+"""From what a person wants served to an engine that answers: its forms, the fastest of them, and who helps it out."""
 
 from __future__ import annotations
 
