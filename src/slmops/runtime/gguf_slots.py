@@ -143,14 +143,15 @@ def written(chunks: Iterator[Chunk], prompt_tokens: int, stop: tuple[str, ...]) 
     Raises:
         ServeError: the engine refused, or ended within the answer.
     """
-    scanner, tokens, logprob = StopScanner(stop), 0, 0.0
+    scanner, tokens, logprobs = StopScanner(stop), 0, list[float]()
     reason: FinishReason | None = None
     for chunk in chunks:
         if "error" in chunk:
             raise ServeError(f"llama.cpp: {chunk['error']}")
         choice = (chunk.get("choices") or [{}])[0]
         told = [float(one["logprob"]) for one in (choice.get("logprobs") or {}).get("content") or ()]
-        tokens, logprob = tokens + len(told), logprob + sum(told)
+        logprobs += told
+        tokens += len(told)
         text = scanner.push(choice.get("text") or "")
         if scanner.stopped:
             reason = "stop"
@@ -166,6 +167,8 @@ def written(chunks: Iterator[Chunk], prompt_tokens: int, stop: tuple[str, ...]) 
         close()
     if reason is None:
         raise ServeError("llama.cpp ended within an answer.", remedy="Ask again.")
+    # Of a token that is half a character nothing is told: then the sum is not the answer's.
+    logprob = sum(logprobs) if len(logprobs) == tokens else None
     yield Delta(scanner.flush(), reason, prompt_tokens, tokens, logprob=logprob)
 
 

@@ -107,6 +107,8 @@ class UpstreamGenerator:
         self._httpx = httpx
         self._client = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10.0), trust_env=not local)
         self.description = ModelDescription("openai", "generator", name=self._where().model)
+        self.child_pid: Callable[[], int] = lambda: 0
+        """Of the process that answers, where it is a child of ours; 0 while there is none."""
 
     @classmethod
     def foundry(cls, folder: Path) -> UpstreamGenerator:
@@ -123,6 +125,7 @@ class UpstreamGenerator:
             server.close()
             raise
         made.description = ModelDescription.read(folder)
+        made.child_pid = lambda: server.pid
         return made
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
