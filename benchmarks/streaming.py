@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Answered:
-    """``first_s``: until the first piece of text; ``whole_s``: until the end; ``tokens``: new ones, as the server counts
-    them, or the events with text where it tells no usage."""
+    """``first_s``: until the first piece of text; ``whole_s``: until the end; ``tokens``: new ones, as the server
+    counts them, or the events with text where it tells no usage."""
 
     first_s: float
     whole_s: float

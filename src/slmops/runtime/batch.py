@@ -235,7 +235,7 @@ class BatchGenerator(ABC):
 
     def _push(self, stream: BatchedStream, token: int, logprob: float) -> None:
         answer = stream.answer
-        if answer.finish_reason:
+        if stream.ended:
             return
         before = answer.tokens
         text = answer.push(token)

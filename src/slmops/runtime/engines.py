@@ -1,15 +1,16 @@
 """The engines that can serve a model folder, by name.
 
-================== ============= ======================================================================================
-``onnx-batch``     onnx-genai    continuous batching over onnxruntime (:mod:`slmops.runtime.onnx_batch`)
-``onnx-genai``     onnx-genai    onnxruntime-genai, one answer at a time; adapters, constrained answers
-``openvino-batch`` openvino      OpenVINO GenAI's continuous batching, computed in fp32 with products of 8 bits
-``openvino-bf16``  openvino      the same as OpenVINO does by itself: in bf16 where the processor has it
-``openvino``       openvino      the graph by itself, one answer at a time
-``llama.cpp``      llama.cpp     llama.cpp's slots, several answers at a time
-``torch``          torch         a checkpoint, one answer at a time
-``foundry``        onnx-genai    Foundry Local as a supervised child process
-================== ============= ======================================================================================
+=================== ============ =====================================================================================
+``onnx-batch``      onnx-genai   continuous batching over onnxruntime (:mod:`slmops.runtime.onnx_batch`)
+``onnx-genai``      onnx-genai   onnxruntime-genai, one answer at a time; adapters, constrained answers
+``openvino-batch``  openvino     OpenVINO GenAI's continuous batching, computed in fp32 with products of 8 bits
+``openvino-bf16``   openvino     the same as OpenVINO does by itself: in bf16 where the processor has it
+``openvino``        openvino     the graph by itself, one answer at a time
+``llama.cpp-slots`` llama.cpp    llama.cpp's slots, four answers at a time
+``llama.cpp``       llama.cpp    one answer at a time, whose log-probabilities are told token by token
+``torch``           torch        a checkpoint, one answer at a time
+``foundry``         onnx-genai   Foundry Local as a supervised child process
+=================== ============ =====================================================================================
 
 Which of them is fastest is measured (:mod:`slmops.serve.choose`); ``foundry`` is taken only where it is named.
 """
@@ -27,7 +28,7 @@ from slmops.runtime.description import ModelDescription
 ENGINES: dict[str, tuple[str, ...]] = {
     "onnx-genai": ("onnx-batch", "onnx-genai"),
     "openvino": ("openvino-batch", "openvino-bf16", "openvino"),
-    "llama.cpp": ("llama.cpp",),
+    "llama.cpp": ("llama.cpp-slots", "llama.cpp"),
     "torch": ("torch",),
 }
 """By the runtime that the folder was made for: the engines that can take it, the likeliest best first."""
@@ -80,6 +81,14 @@ def open_engine(name: str, folder: Path, *, threads: int | None = None) -> Gener
             from slmops.runtime.openvino_batch import OpenvinoBatch
 
             return OpenvinoBatch.load(folder, threads=threads, exact=name == "openvino-batch")
+        case "llama.cpp-slots":
+            from slmops.runtime.gguf_slots import GgufSlots
+
+            return GgufSlots.load(folder, threads=threads)
+        case "foundry":
+            from slmops.runtime.upstream import UpstreamGenerator
+
+            return UpstreamGenerator.foundry(folder)
         case _:
             return open_generator(folder, threads=threads)
 

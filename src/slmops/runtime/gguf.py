@@ -84,7 +84,7 @@ class GgufGenerator:
         check_gguf(file)
         chat = ChatTokenizer.load(folder)
         key = secrets.token_urlsafe(32)
-        server = _open(file, description, threads, key)
+        server = open_server(file, description, threads, key)
         return cls(server, key, chat, description, description.max_tokens)
 
     @property
@@ -369,15 +369,21 @@ def told(reply: Mapping[str, Any]) -> list[tuple[int, float]]:
     return [(int(one["id"]), float(one["logprob"])) for one in logprobs.get("content") or ()]
 
 
-def _open(file: Path, description: ModelDescription, threads: int | None, key: str) -> Any:
+def open_server(file: Path, description: ModelDescription, threads: int | None, key: str, *, slots: int = 1) -> Any:
+    """llama.cpp over ``file``, with room for ``slots`` whole contexts.
+
+    Raises:
+        MissingExtraError: xllamacpp is not installed.
+        CorruptArtifactError: the file cannot be loaded.
+    """
     try:
         import xllamacpp
     except ImportError:
         raise MissingExtraError("Running a GGUF model", "llamacpp") from None
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_ctx = description.max_tokens
-    params.n_parallel = 1
+    params.n_ctx = description.max_tokens * slots
+    params.n_parallel = slots
     params.no_perf = True
     params.n_gpu_layers = 0
     params.verbosity = -1

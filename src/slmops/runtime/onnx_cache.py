@@ -1,7 +1,7 @@
-"""The keys and values of several answers in one block of memory, as a graph of onnxruntime-genai's builder reads them.
+"""The keys and values of several answers in one block of memory, laid out as onnxruntime-genai's graphs read them.
 
-Guarantees: rows ``0 .. n - 1`` of every array are one tensor ``[n, heads, tokens, size]`` without a copy, and so is each
-row alone; the block grows with what runs and is given back when nothing does. Does no inference.
+Guarantees: rows ``0 .. n - 1`` of every array are one tensor ``[n, heads, tokens, size]`` without a copy, and so is
+each row alone; the block grows with what runs and is given back when nothing does. Does no inference.
 """
 
 from __future__ import annotations

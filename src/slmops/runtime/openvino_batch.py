@@ -1,4 +1,4 @@
-"""Continuous batching over OpenVINO GenAI: requests join and leave between two steps, and share what they have in common.
+"""Continuous batching over OpenVINO GenAI: requests join and leave between two steps, and share beginnings.
 
 Guarantees: the prompt's ids are those of :mod:`slmops.chat`, and so are the ends of a turn, stop texts and counts;
 greedy answers by the largest logit; the same seed gives the same sample on the same machine. The keys and values of a

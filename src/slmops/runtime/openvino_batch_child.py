@@ -1,7 +1,7 @@
 """OpenVINO GenAI's continuous batching in a process of its own: ``python -m slmops.runtime.openvino_batch_child``.
 
-A step of its pipeline holds Python's interpreter lock until it is done, some 15 ms: in the server's process nothing else
-would run. JSON lines come in on standard input and go out on standard output; the end of standard input ends the
+A step of its pipeline holds Python's interpreter lock until it is done, some 15 ms: in the server's process nothing
+else would run. JSON lines come in on standard input and go out on standard output; the end of standard input ends the
 process, however its parent ended.
 
 ::

@@ -27,7 +27,7 @@ T = TypeVar("T")
 SWITCH_S = 0.0002
 GATHER_S = 0.04
 """Pieces of several answers that come within this time travel together: every event costs processor time that the
-model's steps are short of. The first piece of an answer and its last one never wait, nor does an answer that is alone."""
+model's steps are short of. An answer's first piece and its last never wait, nor does an answer that is alone."""
 Loop = asyncio.AbstractEventLoop
 Pieces = asyncio.Queue[Delta | BaseException | None]
 

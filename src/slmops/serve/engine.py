@@ -15,7 +15,6 @@ opened anew; :attr:`Engine.restarts` counts.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.engines import engines_of, open_engine
 from slmops.serve.batch_loop import BatchLoop, Pieces
+from slmops.serve.routing import RoutedGenerator, Router
 from slmops.serve.watch import watching
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ class BusyError(ServeError):
 
 class Engine:
     """See the module. ``model`` and ``description`` must fit together. ``name``: of the engine underneath, as
-    ``--engine`` names it. ``reopen``: opens the model again after a failure of a batch."""
+    ``--engine`` names it. ``reopen``: opens the model again after a failure of a batch. ``router``: takes what the
+    model is unsure of to its teacher."""
 
     def __init__(
         self,
@@ -86,37 +87,52 @@ class Engine:
         max_waiting: int = MAX_WAITING,
         name: str = "",
         reopen: Callable[[], BatchGenerator] | None = None,
+        router: Router | None = None,
     ) -> None:
         self._model = model
+        self.router = router
         self.description = description
         self.max_waiting = max_waiting
         self.name = name
         self.closed = False
-        batched = isinstance(model, BatchGenerator)
-        self._batch = BatchLoop(model, reopen) if batched else None
+        self._batch = BatchLoop(model, reopen) if isinstance(model, BatchGenerator) else None
+        batched = self._batch is not None
         at_once = 1 if batched else int(getattr(model, "at_once", 1))
         self._worker = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="model")
-        readers = min(max_waiting, 4 * (os.cpu_count() or 1))
-        self._readers = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="read") if batched else self._worker
+        # A thread for each: an answer that is wrapped (routing) holds its own until it ends.
+        readers = ThreadPoolExecutor(max_workers=max_waiting, thread_name_prefix="read") if batched else None
+        self._readers = readers or self._worker
         self._at_hand = 0  # touched by the event loop's thread alone
         self._call_s = 0.0  # moving average
 
     @classmethod
     def open(
-        cls, folder: Path, *, threads: int | None = None, max_waiting: int = MAX_WAITING, engine: str | None = None
+        cls,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        max_waiting: int = MAX_WAITING,
+        engine: str | None = None,
+        router: Router | None = None,
     ) -> Engine:
         """Load the model folder with the engine of that name; None takes the first of
         :func:`slmops.runtime.engines.engines_of`. Errors as :func:`slmops.runtime.engines.open_engine`."""
         description = ModelDescription.read(folder)
         if description.form == "classifier":
-            return cls(open_classifier(folder, threads=threads), description, max_waiting=max_waiting)
-        name = engine or engines_of(folder)[0]
-        model = open_engine(name, folder, threads=threads)
+            model = open_classifier(folder, threads=threads)
+            return cls(model, description, max_waiting=max_waiting, router=router)
+        name = engine or next(iter(engines_of(folder)), description.runtime)
+
+        def opened() -> Generator:
+            made = open_engine(name, folder, threads=threads)
+            if isinstance(made, BatchGenerator):
+                made.tells_logprobs = router is not None
+            return made
 
         def reopen() -> BatchGenerator:
-            return cast("BatchGenerator", open_engine(name, folder, threads=threads))
+            return cast("BatchGenerator", opened())
 
-        return cls(model, description, max_waiting=max_waiting, name=name, reopen=reopen)
+        return cls(opened(), description, max_waiting=max_waiting, name=name, reopen=reopen, router=router)
 
     @property
     def model(self) -> Classifier | Generator:
@@ -142,7 +158,8 @@ class Engine:
 
     @property
     def generator(self) -> Generator:
-        return cast("Generator", self.model)
+        model = cast("Generator", self.model)
+        return model if self.router is None else cast("Generator", RoutedGenerator(model, self.router))
 
     @property
     def at_hand(self) -> int:
@@ -164,6 +181,19 @@ class Engine:
         probabilities, tokens = await self.call(work)
         watching().prompt_tokens += tokens
         return probabilities, tokens
+
+    async def second_opinion(self, texts: Sequence[str], confidences: Sequence[float]) -> list[str | None]:
+        """The teacher's label for each text whose label the classifier was unsure of; None where its own stays."""
+        router = self.router
+        if router is None:
+            return [None] * len(texts)
+        labels = self.classifier.labels
+        loop = asyncio.get_running_loop()
+        asked = [
+            loop.run_in_executor(None, router.label, text, labels, confidence)
+            for text, confidence in zip(texts, confidences, strict=True)
+        ]
+        return list(await asyncio.gather(*asked))
 
     async def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the model's thread. When the caller is cancelled, work that still waits is dropped.
@@ -247,6 +277,8 @@ class Engine:
         self._readers.shutdown(wait=True, cancel_futures=True)
         if self._batch is None:
             self.model.close()
+        if self.router is not None:
+            self.router.close()
 
     def _enter(self) -> None:
         if self._at_hand >= self.max_waiting:

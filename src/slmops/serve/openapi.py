@@ -220,12 +220,26 @@ class Embeddings(_Told):
 
 class Classified(_Told):
     """``confidence``: calibrated. ``abstain``: it is below the threshold. ``probabilities``: of the likeliest labels,
-    best first."""
+    best first. ``answered_by``: the teacher, where it was asked instead."""
 
     label: str
     confidence: float
     abstain: bool
     probabilities: dict[str, float]
+    answered_by: Literal["teacher"] | None = None
+
+
+class Routing(_Told):
+    """How much went to the teacher, and what that costs."""
+
+    threshold: float
+    requests: int
+    to_teacher: int
+    teacher_failed: int
+    share: float
+    own_cost_per_1000: float
+    teacher_cost_per_1000: float
+    blended_cost_per_1000: float
 
 
 class Classification(RootModel[list[Classified]]):
