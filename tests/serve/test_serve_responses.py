@@ -330,7 +330,8 @@ def test_embeddings_are_the_mean_of_the_last_states(texts: str, checkpoint: Path
 def test_embeddings_that_cannot_be_had_are_refused_by_name(labels: str, texts: str) -> None:
     answer = httpx.post(f"{labels}/v1/embeddings", json={"model": "intents", "input": "x"})
     assert answer.status_code == 400
-    assert "compress.embeddings" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "unsupported_model"
+    assert "gives no embeddings" in answer.json()["error"]["message"]
     for change, param in (
         ({"dimensions": 5}, "dimensions"),
         ({"input": [1, 2]}, "input[0]"),

@@ -105,6 +105,18 @@ def test_a_named_function_is_the_one_that_is_called(texts: str) -> None:
             assert call.function.arguments == "{}"
 
 
+def test_no_arguments_are_made_up_that_the_function_does_not_name(texts: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for seed in range(3):
+        answer = client_of(texts).chat.completions.create(
+            model="talker", messages=QUESTION, tools=[tool], tool_choice="required", parallel_tool_calls=False,
+            max_tokens=60, temperature=1.5, seed=seed,
+        )  # fmt: skip
+        (call,) = answer.choices[0].message.tool_calls or ()
+        assert json.loads(call.function.arguments) in ({"a": 1}, {"a": 2})
+
+
 def test_a_streamed_call_is_the_whole_one(texts: str) -> None:
     asked: dict[str, Any] = {
         "model": "talker", "messages": QUESTION, "tools": [WEATHER], "tool_choice": "required",

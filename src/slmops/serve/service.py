@@ -91,12 +91,12 @@ class Service:
         self.check_model(body.model)
         model = self.engine.model
         if not isinstance(model, Embeds):
-            raise _no_states(self.name)
+            raise _no_states(self.name, classifier=self.engine.is_classifier)
         try:
             with room_for("input"):
                 states, tokens = await self.engine.call(lambda: model.embed(body.texts))
         except NotImplementedError:
-            raise _no_states(self.name) from None
+            raise _no_states(self.name, classifier=self.engine.is_classifier) from None
         return PlainJSON(embeddings_body(states, tokens, self.name, body.encoding_format))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -325,8 +325,11 @@ def _refuse_for_labels(body: Sampling, more: Mapping[str, object]) -> None:
             raise unsupported(name, "This model answers with one label. /v1/classify tells how sure it is.")
 
 
-def _no_states(name: str) -> ApiError:
-    return unsupported(
-        "model",
-        f"'{name}' gives no embeddings: its graph was made without them. compress.embeddings makes it with them.",
+def _no_states(name: str, *, classifier: bool) -> ApiError:
+    how = "Run its recipe again" if classifier else "Run its recipe again with compress.embeddings: true, in ONNX"
+    return ApiError(
+        400,
+        f"'{name}' gives no embeddings: its graph was made without its states. {how}.",
+        param="model",
+        code="unsupported_model",
     )

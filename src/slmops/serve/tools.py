@@ -119,7 +119,7 @@ def _parameters(function: Function, index: int) -> Mapping[str, Any]:
     """The schema of the arguments, as far as it can be kept to."""
     if not function.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    schema = {"type": "object", **function.parameters}
+    schema = _closed({"type": "object", **function.parameters})
     try:
         json_constraint(schema, f"tools[{index}].function.parameters")
     except ApiError:
@@ -127,6 +127,17 @@ def _parameters(function: Function, index: int) -> Mapping[str, Any]:
             raise
         return ANY_OBJECT
     return schema
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without properties that the function does not name, unless it speaks of them: a small model would go on with
+    ever more of them."""
+    if "properties" not in schema or schema.keys() & _OPEN:
+        return schema
+    return {**schema, "additionalProperties": False}
+
+
+_OPEN = frozenset({"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"})
 
 
 def calls_grammar(
