@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pipeline_helpers import Place, write_rows
 from safetensors.torch import load_file
 
-from slmops.errors import RecipeError, UsageError
+from slmops.errors import ModelError, RecipeError, UsageError
 from slmops.pipeline import run_recipe
 from slmops.pipeline.context import Context
 from slmops.pipeline.teach import (
     ask_for_answers,
+    check_engines,
     check_signals,
     impossible_signals,
     make_student,
@@ -23,7 +24,7 @@ from slmops.pipeline.teach import (
     prepare_data,
 )
 from slmops.progress import ignore
-from slmops.recipe import Recipe, StudentConfig, TrainConfig, load_recipe, parse_recipe, portable_recipe
+from slmops.recipe import LoraConfig, Recipe, StudentConfig, TrainConfig, load_recipe, parse_recipe, portable_recipe
 from slmops.runtime import open_classifier
 from slmops.store import Store
 
@@ -121,9 +122,7 @@ def test_where_a_linear_teacher_cannot_teach(place: Place, more: dict[str, Any],
     ],
     ids=["signals", "on policy"],
 )
-def test_a_named_student_is_taught_whole_and_not_through_adapters(
-    place: Place, tmp_path: Path, distill: dict[str, Any]
-) -> None:
+def test_a_named_student_is_taught_whole(place: Place, tmp_path: Path, distill: dict[str, Any]) -> None:
     recipe = open_recipe(place, distill=distill)
     named = recipe.model_copy(update={"student": StudentConfig(model=str(place.teacher))})
     with Store.open(tmp_path) as store:
@@ -136,10 +135,74 @@ def test_a_named_student_is_taught_whole_and_not_through_adapters(
         before, after = (load_file(folder / "model.safetensors") for folder in (place.teacher, student.path))
         assert before.keys() == after.keys()
         assert all(before[name].shape == after[name].shape for name in before)
-        for method in ("lora", "qlora", "bottleneck"):
-            wanted = named.model_copy(update={"train": TrainConfig(method=method)})  # type: ignore[arg-type]
-            with pytest.raises(RecipeError, match=f"train.method is {method}, but a run trains its student whole"):
-                run_recipe(wanted, store)
+        wanted = named.model_copy(update={"train": TrainConfig(method="bottleneck")})
+        with pytest.raises(RecipeError, match=r"train\.method is bottleneck, but a run trains its student whole"):
+            run_recipe(wanted, store)
+
+
+@pytest.mark.parametrize(
+    ("method", "distill"),
+    [
+        ("lora", {"losses": {"gold": 0.5, "forward_kl": 1}, "top_k": 8}),
+        ("lora", {"losses": {"gold": 0.5, "hidden": 1}}),
+        ("qlora", {"losses": {"gold": 0.5, "hidden": 1}}),
+    ],
+    ids=["signals", "hidden", "hidden on 4 bits"],
+)
+def test_a_named_student_is_taught_through_adapters(
+    place: Place, tmp_path: Path, method: Literal["lora", "qlora"], distill: dict[str, Any]
+) -> None:
+    """What is written is the whole model: only the layers' matrices differ from what it started with."""
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    train = TrainConfig(
+        method=method, lora=LoraConfig(rank=2), epochs=1, batch_size=8, precision="fp32", max_tokens=128
+    )
+    student = StudentConfig(model=str(place.teacher))
+    named = open_recipe(place, distill=distill).model_copy(update={"student": student, "train": train})
+    with Store.open(tmp_path) as store:
+        context = context_of(named, store)
+        check_engines(context)
+        check_signals(context)
+        data = prepare_data(context)
+        teacher = make_teacher(context, data)
+        student_made = make_student(context, "student", data, taught=True, teacher=teacher, data=data)
+        assert student_made.manifest.metrics["method"] == method
+        assert not (student_made.path / "adapter").exists()
+        before, after = (load_file(folder / "model.safetensors") for folder in (place.teacher, student_made.path))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert all(".self_attn." in name or ".mlp." in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (LoraConfig(rank=4096), "train.lora.rank is 4096, but .* its rank is at most"),
+        (LoraConfig(targets=("q_proj", "qq")), "train.lora.targets names qq, which is no matrix of a Llama"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_before_the_teacher_is_adapted(
+    place: Place, tmp_path: Path, lora: LoraConfig, said: str
+) -> None:
+    named = open_recipe(place).model_copy(
+        update={"student": StudentConfig(model=str(place.teacher)), "train": TrainConfig(method="lora", lora=lora)}
+    )
+    with Store.open(tmp_path) as store:
+        with pytest.raises(ModelError, match=said):
+            run_recipe(named, store)
+        assert {path.name for path in (store.root / "artifacts").iterdir()} == {"dataset"}
+
+
+@pytest.mark.parametrize("sections", [{}, {"student": {"model": None, "layers": 1}}])
+def test_adapters_of_a_run_are_for_a_named_student_of_an_open_task(
+    place: Place, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    wanted = place.raw(train={"method": "lora"}, **sections)
+    with Store.open(tmp_path) as store, pytest.raises(RecipeError, match=r"train\.method is lora, but a run") as caught:
+        run_recipe(parse_recipe(wanted), store)
+    assert "Adapters are for a student.model of an open task" in str(caught.value)
 
 
 def test_a_list_of_teachers_is_read(tmp_path: Path, place: Place) -> None:

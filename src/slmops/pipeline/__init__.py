@@ -48,6 +48,7 @@ from slmops.pipeline.teach import (
     check_signals,
     estimate_answers,
     impossible_signals,
+    learns_by_adapters,
     make_student,
     make_teacher,
     prepare_data,
@@ -70,7 +71,8 @@ __all__ = [
 BaseForm = Literal["onnx", "openvino", "gguf"]
 SERVED_MAX_TOKENS = 2048
 TRAIN_ONLY = ("method", "loss", "forgetting", "trackers", "processes", "checkpoint_activations")
-"""Keys of ``train`` that ``slmops train`` honours and a run's student does not know."""
+"""Keys of ``train`` that ``slmops train`` honours and a run's student does not know (but for adapters of a named one:
+:func:`learns_by_adapters`)."""
 
 
 @dataclass(frozen=True)
@@ -283,13 +285,14 @@ def _check(recipe: Recipe) -> None:
     check_quantize(recipe)
     for key in TRAIN_ONLY:
         value = getattr(recipe.train, key)
-        if key == "method" and recipe.train.engine == "olive":
+        if key == "method" and (recipe.train.engine == "olive" or learns_by_adapters(recipe)):
             continue
         if value != type(recipe.train).model_fields[key].default and (key, value) != ("method", "full"):
             shown = value if isinstance(value, str | int) else "set"
             raise RecipeError(
                 f"train.{key} is {shown}, but a run trains its student whole.",
-                remedy="Leave it out, or fine-tune without a teacher: slmops train RECIPE.",
+                remedy="Leave it out, or fine-tune without a teacher: slmops train RECIPE."
+                + (" Adapters are for a student.model of an open task." if key == "method" else ""),
             )
     if recipe.closed and not recipe.teacher.remote and not recipe.teacher.adapt:
         raise RecipeError(

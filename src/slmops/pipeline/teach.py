@@ -376,16 +376,21 @@ def _shown(context: Context) -> Callable[[Row], tuple[Message, ...]] | None:
 
 
 def check_signals(context: Context) -> None:
-    """Refuse signals that cannot be had, before any work is done.
+    """Refuse signals that cannot be had, and adapters that do not fit the student, before any work is done.
 
     Raises:
         RecipeError: the task or the teacher does not show what a loss needs.
+        ModelError: a rank larger than a matrix of the student, or ``train.lora.targets`` that it has not.
         UsageError: ``distill.layer_map`` names a layer that is not there.
     """
     recipe, distill = context.recipe, context.recipe.distill
     weights = distill.weights(closed=recipe.closed)
     if problem := impossible_signals(recipe):
         raise problem
+    if learns_by_adapters(recipe) and context.named_student is not None:
+        from slmops.train.methods import check_lora
+
+        check_lora(context.named_student.path, recipe.train.lora)
     if recipe.closed or not (distill.online or distill.cached):
         return
     student = context.named_student or context.base
@@ -614,6 +619,12 @@ def make_student(
     )
 
 
+def learns_by_adapters(recipe: Recipe) -> bool:
+    """Whether a run's student is a whole named model that is taught through LoRA or QLoRA, merged in the end."""
+    named = recipe.student.model is not None and not recipe.closed and recipe.train.engine == "slmops"
+    return named and recipe.train.method in ("lora", "qlora")
+
+
 def _hub(context: Context) -> FetchHub:
     return partial(fetch_hub_dataset, offline=context.offline)
 
@@ -634,6 +645,10 @@ def check_engines(context: Context) -> None:
         from slmops.train.generator.olive import check_olive
 
         check_olive(quantized=train.method == "qlora")
+    elif learns_by_adapters(context.recipe) and train.method == "qlora":
+        from slmops.train.quantized_base import check_bitsandbytes
+
+        check_bitsandbytes()
     if context.recipe.search is not None and context.recipe.search.goal == "loss":
         from slmops.train.search import check_optuna
 

@@ -112,6 +112,21 @@ def add_lora(model: Any, settings: LoraConfig, task_type: str) -> Any:
     return get_peft_model(model, config)
 
 
+def check_lora(folder: Path, settings: LoraConfig) -> None:
+    """Whether adapters fit the language model at ``folder``, by its configuration; no weights are read.
+
+    Raises:
+        ModelError: as :func:`open_tuned`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    targets = lora_targets(model, settings.targets)
+    check_rank(settings.rank, [(name, (part.out_features, part.in_features)) for name, part in targets])
+
+
 def lora_targets(model: Any, wanted: Literal["all-linear"] | Sequence[str]) -> list[tuple[str, nn.Linear]]:
     """The matrices that get adapters: all of the layers, or those whose last name is in ``wanted``.
 

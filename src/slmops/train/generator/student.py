@@ -38,6 +38,7 @@ from slmops.train.generator.taught import (
     check_losses,
     text_config,
 )
+from slmops.train.methods import Method, Tuned, learning_rate_of, open_tuned
 from slmops.train.student import shallow_copy
 from slmops.train.tokens import load_tokenizer
 
@@ -68,7 +69,8 @@ def train_generator_student(
     stands beside the student where ``distill.online``, and whose tokenizer is needed for ``losses.uld``.
 
     The student is cut from the model at ``model_folder`` (:func:`shallow_copy`, vocabulary trimmed to the task), or is
-    that model whole where the recipe names a student.
+    that model whole where the recipe names a student: all of its weights are trained, or by ``train.method`` lora and
+    qlora adapters, which are merged in the end.
 
     Raises:
         DataError: no row has an answer that fits into ``train.max_tokens``; token signals of another tokenizer or of
@@ -92,12 +94,11 @@ def train_generator_student(
         vocabulary = trim_vocabulary(tokenizer, texts)
         tokenizer, kept_ids = vocabulary.tokenizer, vocabulary.kept_ids
     tokenizer.save(str(draft.path / "tokenizer.json"))
-    if cut:
-        model: Any = shallow_copy(model_folder, kept_ids, student.layers or LAYERS)
-    else:
-        from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    method: Method = "full" if cut else train.method or "full"
+    tuned = None if cut else open_tuned(model_folder, train, method, AutoModelForCausalLM, task_type="CAUSAL_LM")
+    model: Any = shallow_copy(model_folder, kept_ids, student.layers or LAYERS) if tuned is None else tuned.model
     chat = ChatTokenizer.load(draft.path)
     trained: Any = model
     rows = encode_splits(chat, dataset, to_messages, train.max_tokens)
@@ -112,13 +113,23 @@ def train_generator_student(
         objective,
         train,
         epochs=train.epochs or EPOCHS,
-        learning_rate=train.learning_rate or (LEARNING_RATE if cut else FULL_LEARNING_RATE),
+        learning_rate=learning_rate_of(train, method, full=LEARNING_RATE if cut else FULL_LEARNING_RATE),
         seed=seed,
         draft=draft,
         task=task,
         progress=progress,
     )
-    save(model, history, draft)
+    save(model if tuned is None else merged(tuned, draft), history, draft)
+
+
+def merged(tuned: Tuned, draft: Draft) -> Any:
+    """The whole model that was trained, adapters in its weights."""
+    draft.metrics["method"] = tuned.method
+    if tuned.method == "full":
+        return tuned.model
+    adapter = draft.work / "adapter"
+    tuned.save_adapter(adapter, "")
+    return tuned.whole(adapter)
 
 
 @dataclass(frozen=True)
