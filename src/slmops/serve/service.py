@@ -127,7 +127,9 @@ class Service:
         if body.stops:
             raise unsupported("stop", "This model answers with one label.")
         probabilities, tokens = await self.engine.classify(texts)
-        labels = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        own = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        taught = await self.engine.second_opinion(texts, [float(row.max()) for row in probabilities])
+        labels = [label or mine for label, mine in zip(taught, own, strict=True)]
         counts = usage(tokens, len(labels))
         envelope = self._envelope(kind)
         if not body.stream:
