@@ -15,14 +15,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.answer import Answer
 from slmops.runtime.base import Delta, Generation, GenerationRequest, Generator, TextScore
-from slmops.runtime.careful import Careful, needs_care
+from slmops.runtime.careful import ABILITIES, Careful, needs_care, prompt_of
 from slmops.runtime.description import ModelDescription
 
 Piece = Delta | Exception
@@ -124,9 +124,19 @@ class BatchGenerator(ABC):
         """Tokenizer and template of the model."""
         return self._chat
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages))
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What it can do beside writing text."""
+        return ABILITIES
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> int:
+        """Tokens of the prompt, template and functions included."""
+        encode: Any = self._chat.encode_prompt
+        return len(encode(messages, *([tools] if tools else [])))
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """As the engine for one answer at a time does: mean states ``[len(texts), width]``, and the tokens read."""
+        return self._careful.embed(texts)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
@@ -148,7 +158,7 @@ class BatchGenerator(ABC):
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+        return self.stream_ids(prompt_of(self._chat, request), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

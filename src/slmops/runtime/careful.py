@@ -7,7 +7,7 @@ thread at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from slmops.runtime.base import Delta, GenerationRequest, Generator
@@ -15,11 +15,25 @@ from slmops.runtime.base import Delta, GenerationRequest, Generator
 T = TypeVar("T")
 NEEDS = ("constraint", "top_logprobs")
 """Fields of a request that want every position's logits looked at."""
+ABILITIES = frozenset({"json_schema", "grammar", "logprobs", "tools"})
+"""What those engines can do beside writing text; a batch has them by :class:`Careful`."""
 
 
 def needs_care(request: GenerationRequest) -> bool:
     """Whether a batch cannot write this answer as it was asked for."""
     return any(getattr(request, name, None) is not None for name in NEEDS)
+
+
+def prompt_of(chat: Any, request: GenerationRequest) -> list[int]:
+    """The ids that the model is asked with: messages, and the functions that it is told of."""
+    ids: list[int] = chat.encode_prompt(request.messages, *functions_of(request))
+    return ids
+
+
+def functions_of(request: GenerationRequest) -> tuple[Any, ...]:
+    """The functions as a further argument, where the request has any."""
+    functions = getattr(request, "tools", ())
+    return (functions,) if functions else ()
 
 
 class Careful:
@@ -39,6 +53,16 @@ class Careful:
         """Run ``work`` with the generator."""
         with self._lock:
             return work(self._opened())
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """As the engine does. Raises :class:`NotImplementedError` where it shows no states."""
+
+        def ask(model: Any) -> Any:
+            if not hasattr(model, "embed"):
+                raise NotImplementedError(f"{type(model).__name__} does not show its states.")
+            return model.embed(texts)
+
+        return self.use(ask)
 
     def close(self) -> None:
         with self._lock:
