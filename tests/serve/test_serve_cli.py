@@ -96,6 +96,44 @@ def test_serve_prints_an_example_that_works(talker: Path) -> None:
         assert json.loads(answer.stdout)["choices"][0]["message"]["content"]
 
 
+def test_serve_says_which_engine_it_took(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_CACHE", str(tmp_path))
+    with Served([talker, "--port", 0, "--json", "--engine", "onnx-genai"]) as served:
+        assert json.loads(served.first_line)["engine"] == "onnx-genai"
+    with Served([talker, "--port", 0, "--clients", 2, "--threads", 1]) as served:
+        assert served.first_line.startswith("Serving tiny-chat")
+        _, _, err = served.end()
+    assert "Engine: onnx-" in err
+    assert "tokens/s for 2 callers and for one: onnx-" in err
+
+
+def test_serve_refuses_engines_and_servers_that_cannot_be(talker: Path) -> None:
+    ran = slmops("serve", talker, "--port", 0, "--engine", "fast")
+    assert ran.returncode == 2
+    assert "no engine named 'fast'" in ran.stderr
+    ran = slmops("serve", talker, "--port", 0, "--engine", "llama.cpp")
+    assert ran.returncode == 2
+    assert "made for onnx-genai" in ran.stderr
+    assert "--upstream" in slmops("serve", "openai:large", "--port", 0).stderr
+    ran = slmops("serve", "openai:large", "--upstream", "https://models.example/v1", "--port", 0)
+    assert ran.returncode == 1
+    assert "another machine" in ran.stderr
+    assert "--privacy remote" in ran.stderr
+    ran = slmops("serve", talker, "--teacher", "openai:large", "--teacher-url", "https://models.example/v1")
+    assert "another machine" in ran.stderr
+
+
+def test_serve_in_front_of_another_server(talker: Path) -> None:
+    with Served([talker, "--port", 0, "--json", "--engine", "onnx-batch"]) as below:
+        url = json.loads(below.first_line)["url"]
+        with Served(["openai:tiny-chat", "--upstream", f"{url}/v1", "--port", 0, "--json"]) as above:
+            ready = json.loads(above.first_line)
+            assert (ready["model"], ready["engine"]) == ("tiny-chat", "upstream")
+            body = {"model": "tiny-chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+            both = [httpx.post(f"{one}/v1/chat/completions", json=body).json() for one in (url, ready["url"])]
+        assert both[0]["choices"] == both[1]["choices"]
+
+
 def test_serve_refuses_a_damaged_bundle_and_a_port_in_use(labels: Variant, damaged: Path) -> None:
     ran = slmops("serve", damaged, "--port", 0)
     assert ran.returncode == 1

@@ -121,6 +121,10 @@ def test_a_classifier_with_a_teacher(tmp_path: Path) -> None:
     engine = Engine.open(folder, router=Router(teacher, Policy(threshold)))
     with background(create_app(folder, name="m", engine=engine)) as url:
         rows = httpx.post(f"{url}/v1/classify", json={"input": texts}).json()
+        chats = [
+            httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": text}).json()["choices"][0]["text"]
+            for text in texts
+        ]
         said = httpx.get(f"{url}/v1/routing").json()
     unsure = int(probabilities.max(axis=1).argmin())
     for place, row in enumerate(rows):
@@ -129,7 +133,8 @@ def test_a_classifier_with_a_teacher(tmp_path: Path) -> None:
         else:
             assert row["label"] == LABELS[int(probabilities[place].argmax())]
             assert "answered_by" not in row
-    assert (said["requests"], said["to_teacher"]) == (3, 1)
+    assert chats == [row["label"] for row in rows]
+    assert (said["requests"], said["to_teacher"]) == (6, 2)
     assert texts[unsure] in teacher.asked[0].messages[0].content
 
 

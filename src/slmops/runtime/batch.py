@@ -15,14 +15,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer, Tools
 from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.answer import Answer
 from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, Generator, TextScore
-from slmops.runtime.careful import Careful, needs_care
+from slmops.runtime.careful import ABILITIES, Careful, needs_care
 from slmops.runtime.description import ModelDescription
 
 Piece = Delta | Exception
@@ -126,12 +126,16 @@ class BatchGenerator(ABC):
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What the batch leaves to :class:`~slmops.runtime.careful.Careful` is of the same model."""
-        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
+        """What it can do beside writing text."""
+        return ABILITIES
 
     def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
         """Tokens of the prompt, template included."""
         return len(self._chat.encode_prompt(messages, tools))
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """As the engine for one answer at a time does: mean states ``[len(texts), width]``, and the tokens read."""
+        return self._careful.embed(texts)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""

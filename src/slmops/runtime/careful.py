@@ -7,12 +7,14 @@ thread at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from slmops.runtime.base import Delta, GenerationRequest, Generator
+from slmops.runtime.base import Ability, Delta, GenerationRequest, Generator
 
 T = TypeVar("T")
+ABILITIES: frozenset[Ability] = frozenset({"json_schema", "grammar", "logprobs", "tools"})
+"""What those engines can do beside writing text; a batch has them by :class:`Careful`."""
 
 
 def needs_care(request: GenerationRequest) -> bool:
@@ -37,6 +39,16 @@ class Careful:
         """Run ``work`` with the generator."""
         with self._lock:
             return work(self._opened())
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """As the engine does. Raises :class:`NotImplementedError` where it shows no states."""
+
+        def ask(model: Any) -> Any:
+            if not hasattr(model, "embed"):
+                raise NotImplementedError(f"{type(model).__name__} does not show its states.")
+            return model.embed(texts)
+
+        return self.use(ask)
 
     def close(self) -> None:
         with self._lock:

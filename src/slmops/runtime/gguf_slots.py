@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer
+from slmops.chat import ChatTokenizer, Tools
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError, ServeError
 from slmops.models.gguf_file import check_gguf
-from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
-from slmops.runtime.careful import Careful, needs_care
+from slmops.runtime.base import Ability, Delta, FinishReason, Generation, GenerationRequest, TextScore
+from slmops.runtime.careful import ABILITIES, Careful, needs_care
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.gguf import GGUF_NAME, GgufGenerator, open_server
 from slmops.runtime.side_by_side import called_back
@@ -70,9 +70,18 @@ class GgufSlots:
         """Tokenizer and template of the model."""
         return self._chat
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages))
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it can do beside writing text."""
+        return ABILITIES
+
+    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
+        """Tokens of the prompt, template and functions included."""
+        return len(self._chat.encode_prompt(messages, tools))
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """As the engine for one answer at a time does: mean states ``[len(texts), width]``, and the tokens read."""
+        return self._careful.embed(texts)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
@@ -94,7 +103,7 @@ class GgufSlots:
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
         """
-        return self.stream_ids(self._chat.encode_prompt(request.messages), request)
+        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

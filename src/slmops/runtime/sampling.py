@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LIKELIEST = 1024
+"""Tokens among which the mass of ``top_p`` is looked for first."""
+
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
     """Log-probabilities of one position, ``[vocabulary]`` in and out."""
@@ -29,9 +32,26 @@ def log_likelihood(logits: NDArray[Any], ids: NDArray[np.int64]) -> float:
 def draw(logprobs: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator) -> int:
     """One token: the likeliest ones that have ``top_p`` of the mass together, at ``temperature``. Pure but for
     ``random``."""
-    order = np.argsort(-logprobs, kind="stable")
-    mass = np.cumsum(np.exp(logprobs[order].astype(np.float64)))
-    kept = order[: int(np.searchsorted(mass, top_p * mass[-1])) + 1]
-    scaled = logprobs[kept].astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(random.choice(kept, p=weights / weights.sum()))
+    exact = logprobs.astype(np.float64)
+    kept = nucleus(exact, top_p)
+    scaled = exact[kept] / temperature
+    mass = np.cumsum(np.exp(scaled - scaled.max()))
+    place = int(np.searchsorted(mass, random.random() * mass[-1], side="right"))
+    return int(kept[min(place, len(kept) - 1)])
+
+
+def nucleus(logprobs: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """The fewest likeliest tokens that have ``top_p`` of the mass together, best first; all, as they are, for 1.
+
+    A vocabulary is sorted in milliseconds, which is a step's time: most often the likeliest few hold the mass.
+    """
+    if top_p >= 1:
+        return np.arange(logprobs.size)
+    wanted = top_p * np.exp(logprobs).sum()
+    for count in (LIKELIEST, logprobs.size):
+        some = np.argpartition(-logprobs, count - 1)[:count] if count < logprobs.size else np.arange(logprobs.size)
+        order = some[np.argsort(-logprobs[some], kind="stable")]
+        mass = np.cumsum(np.exp(logprobs[order]))
+        if mass[-1] >= wanted or count >= logprobs.size:
+            break
+    return order[: int(np.searchsorted(mass, wanted)) + 1]

@@ -235,7 +235,9 @@ class Service:
 
     async def _label_pieces(self, texts: list[str]) -> list[AsyncGenerator[Piece, None]]:
         probabilities, tokens = await self.engine.classify(texts)
-        labels = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        own = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        taught = await self.engine.second_opinion(texts, [float(row.max()) for row in probabilities])
+        labels = [label or mine for label, mine in zip(taught, own, strict=True)]
         return [
             as_pieces(Piece(label, finish_reason="stop", prompt_tokens=0 if index else tokens, completion_tokens=1))
             for index, label in enumerate(labels)
