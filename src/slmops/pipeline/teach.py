@@ -335,7 +335,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
     inputs = {"data": data}
     if teacher is not None:
         inputs["teacher"] = teacher
-    code = ["slmops.distill", "slmops.data.redact", "slmops.data.similar"]
+    code = ["slmops.distill", "slmops.privacy.redact", "slmops.data.similar"]
     return context.stage("answers", Dataset, inputs, {"teacher": asked}, code, ask)
 
 

@@ -6,10 +6,11 @@
 ``POST /v1/chat/completions``  a conversation to an answer, whole or streamed; a classifier answers with the label
 ``POST /v1/completions``   plain text to its continuation; a classifier answers with the label
 ``POST /v1/classify``      text(s) to label, confidence and the five likeliest labels
+``POST /v1/feedback``      what people say of an answer, where a recorder keeps it
 ========================== ==========================================================================================
 
 Guarantees: the event loop never waits for the model; every failure is in OpenAI's form; a parameter that would have no
-effect is refused by name; nothing that a caller wrote is logged or kept.
+effect is refused by name; nothing that a caller wrote is logged, or kept unless a recorder is given.
 Not covered: authentication (bind to loopback, or put a proxy in front), tools, constrained output, log-probabilities.
 """
 
@@ -29,16 +30,24 @@ from starlette.exceptions import HTTPException
 from slmops.errors import SlmopsError
 from slmops.serve.engine import Engine
 from slmops.serve.errors import ApiError, from_error, from_validation
+from slmops.serve.feedback import add_feedback
 from slmops.serve.limits import MAX_BODY_BYTES, Limits
+from slmops.serve.recording import Recorder, Recording
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest
 from slmops.serve.service import Service
 
 
 def create_app(
-    model_folder: Path, *, name: str, engine: Engine | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    model_folder: Path,
+    *,
+    name: str,
+    engine: Engine | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    recorder: Recorder | None = None,
 ) -> FastAPI:
     """The application for the model in ``model_folder``, called ``name`` by its callers. The model is loaded here, so
-    that a server which listens can answer; ``engine`` gives one that is loaded already.
+    that a server which listens can answer; ``engine`` gives one that is loaded already. ``recorder`` is told of every
+    answer, and closed with the application.
 
     Raises:
         SlmopsError: the model cannot be opened.
@@ -49,12 +58,17 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        if recorder is not None:
+            await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
     # No pages for people: they load their scripts from elsewhere.
     app = FastAPI(title=f"slmops: {name}", docs_url=None, redoc_url=None, lifespan=lifespan)
+    if recorder is not None:
+        app.add_middleware(Recording, recorder=recorder)
     app.add_middleware(Limits, max_body_bytes=max_body_bytes)
     _answer_errors(app)
     _add_paths(app, Service(engine, name))
+    add_feedback(app, recorder)
     return app
 
 

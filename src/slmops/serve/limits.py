@@ -19,7 +19,9 @@ from slmops.serve.errors import ApiError, from_error
 log = logging.getLogger(__name__)
 CALLER_GONE = 499  # as nginx logs it; nobody is left to see it
 MAX_BODY_BYTES = 4 * 2**20
-KNOWN_PATHS = frozenset({"/health", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify"})
+KNOWN_PATHS = frozenset(
+    {"/health", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify", "/v1/feedback"}
+)
 
 
 class Limits:

@@ -88,7 +88,8 @@ class Sampling(Body):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="taken and not used: it is about the caller, not about the answer")
+    user: str | None = Field(None, description="about the caller, not about the answer; recorded as a hash, if at all")
+    metadata: dict[str, str] | None = Field(None, description="recorded, for figures by group; not used otherwise")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -138,6 +139,8 @@ class CompletionRequest(Sampling):
 class ClassifyRequest(Body):
     input: str | Texts
     model: str | None = None
+    user: str | None = Field(None, description="as in the other requests")
+    metadata: dict[str, str] | None = Field(None, description="as in the other requests")
 
     @property
     def texts(self) -> list[str]:

@@ -22,6 +22,7 @@ from slmops.runtime.base import Delta, GenerationRequest, Probabilities
 from slmops.serve.answers import Envelope, Kind, event, usage
 from slmops.serve.engine import ContinuesText, Engine, KnowsContext
 from slmops.serve.errors import ApiError, from_error, unsupported
+from slmops.serve.recording import note
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, Sampling
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class Service:
             raise ApiError(
                 400, f"'{self.name}' writes text and has no labels. Ask /v1/chat/completions.", param="model"
             )
-        probabilities, _ = await self.engine.classify(body.texts)
+        probabilities, tokens = await self.engine.classify(body.texts)
+        note(prompt_tokens=tokens, completion_tokens=len(probabilities))
         return [ranking(self.engine.classifier.labels, row) for row in probabilities]
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -126,6 +128,7 @@ class Service:
             raise unsupported("stop", "This model answers with one label.")
         probabilities, tokens = await self.engine.classify(texts)
         labels = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
+        note(confidences=[float(row.max()) for row in probabilities])
         counts = usage(tokens, len(labels))
         envelope = self._envelope(kind)
         if not body.stream:
@@ -242,6 +245,7 @@ async def _text_events(
                     last = delta
                     if delta.text:
                         yield event(envelope.piece(delta.text))
+            note(prompt_tokens=last.prompt_tokens, completion_tokens=last.completion_tokens)
             yield event(envelope.piece("", last.finish_reason))
             if include_usage:
                 yield event(envelope.counts(usage(last.prompt_tokens, last.completion_tokens)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slmops.data.redact import is_iban, passes_luhn, redact
+from slmops.privacy.redact import is_iban, passes_luhn, redact
 
 
 @pytest.mark.parametrize(
