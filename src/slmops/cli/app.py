@@ -10,6 +10,8 @@ import logging
 import sys
 
 import typer
+from typer import Context
+from typer.core import TyperGroup
 
 from slmops import __version__
 from slmops.cli.adapters import adapters
@@ -24,7 +26,9 @@ from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
+from slmops.cli.feedback import feedback
 from slmops.cli.init import init
+from slmops.cli.monitor import monitor
 from slmops.cli.run import run
 from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
@@ -33,8 +37,19 @@ from slmops.cli.train import train
 from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
+
+class InOrder(TyperGroup):
+    """Verbs in the order of a model's life; groups would come last."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "monitor"]
+        names.insert(names.index("chat") + 1, "monitor")
+        return names
+
+
 app = typer.Typer(
     name="slmops",
+    cls=InOrder,
     help="Run small language models through their whole life: teach, fit, prove, ship, watch, improve.",
     no_args_is_help=True,
     add_completion=False,
@@ -76,6 +91,8 @@ app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)
+app.add_typer(monitor, name="monitor")
+app.command()(feedback)
 app.command()(trace)
 app.command()(run)
 app.command()(demo)

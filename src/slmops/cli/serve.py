@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slmops.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from slmops.monitor.writer import EventRecorder
+    from slmops.runtime.description import ModelDescription
 
 
 def serve(
@@ -31,6 +35,13 @@ def serve(
     store: Annotated[
         Path, typer.Option(envvar="SLMOPS_STORE", help="Where a published model is kept once it is converted.")
     ] = Path(".slmops"),
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            help="Record answers in the store, for slmops monitor: off (no texts), sampled, full, or a YAML policy.",
+            show_default="nothing is recorded",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first."""
@@ -48,7 +59,8 @@ def serve(
     description = ModelDescription.read(folder)
     model = name or description.name or path.resolve().name
     with bind(host, port) as listening:
-        app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads))
+        recorder = None if monitor is None else recorder_for(monitor, store, path, model, digest or "", description)
+        app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads), recorder=recorder)
 
         def ready(url: str) -> None:
             if as_json:
@@ -59,6 +71,36 @@ def serve(
             )
 
         run(app, listening, on_ready=ready)
+
+
+def recorder_for(
+    monitor: str, store: Path, path: Path, model: str, version: str, description: ModelDescription
+) -> EventRecorder:
+    """The recorder that ``--monitor`` asks for.
+
+    Raises:
+        UsageError: no such policy.
+        StorageError: the store cannot be written to.
+    """
+    from slmops.evaluate.energy import energy_counter
+    from slmops.monitor.place import Place, open_recorder
+    from slmops.monitor.policy import load_policy
+    from slmops.package.resolve import artifact_around
+
+    policy = load_policy(monitor)
+    counter = energy_counter()
+    before = counter.read() if counter.zones else []
+    artifact = artifact_around(path)
+    return open_recorder(
+        Place.of(store, policy),
+        policy,
+        model=model,
+        version=version,
+        bundle=None if artifact is None else artifact.path,
+        task=description.task,
+        labels=description.labels,
+        joules=lambda: counter.joules(before, counter.read()) if counter.zones else None,
+    )
 
 
 def _published(source: str, store: Path) -> Path:

@@ -198,7 +198,8 @@ class _Views:
         if pair is None or min(part.min() for part in pair) == 1:
             return None
         words = f"{pair[1].mean():.1%} of the answers have the right form, not {pair[0].mean():.1%}"
-        return count_test(*(np.stack([part, 1 - part], axis=1) for part in pair), *self.options), len(pair[1]), words
+        was, now = (np.stack([part, 1 - part], axis=1) for part in pair)
+        return count_test(was, now, *self.options), len(pair[1]), words
 
     def _pair(self, column: str) -> tuple[Numbers, Numbers] | None:
         found = [getattr(sample, column) for sample in (self.reference, self.window)]

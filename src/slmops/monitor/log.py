@@ -267,6 +267,12 @@ class EventLog:
         with self._reading() as connection:
             return list(connection.scalars(sa.select(events.c.id).where(events.c.subject == subject)))
 
+    def said_by(self, subject: str) -> list[dict[str, Any]]:
+        """Feedback of a subject (its hash), on whosever answers."""
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(feedback).where(feedback.c.subject == subject)).mappings()
+            return [dict(row) for row in rows]
+
     def forget(self, subject: str) -> Removed:
         """Delete every row of a subject (its hash), and what the file still holds of them.
 

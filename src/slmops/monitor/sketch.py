@@ -1,9 +1,9 @@
 """A text as a few numbers: enough to see that texts have changed, too few to read them again.
 
 Three kinds. ``novelty``: how surprising its words and character 4-grams are after the training texts, in nats a
-feature: text of another field stands out row by row. ``vector``: the same features by hashing with signs (Weinberger et al.,
-"Feature Hashing for Large Scale Multitask Learning", 2009), to length 1: an embedding that needs no model. ``buckets``:
-how often words fall into each of :data:`BUCKETS` classes: the distribution of tokens, of whatever tokenizer.
+feature: text of another field stands out row by row. ``vector``: the same features by hashing with signs (Weinberger et
+al., "Feature Hashing for Large Scale Multitask Learning", 2009), to length 1: an embedding that needs no model.
+``buckets``: how often words fall into each of :data:`BUCKETS` classes, which stands for the distribution of tokens.
 
 Guarantees: the same text gives the same numbers on every machine and in every version (:data:`SCHEMA`). Not covered:
 what words mean; a text in other words is another text. A guess at a whole text can be confirmed from its sketch, so

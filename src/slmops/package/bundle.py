@@ -8,6 +8,7 @@
     licenses/        one text a component
     recipe.yaml      what was asked for
     lineage.json     out of which artifacts it came, by digest
+    reference/       how its test rows look, as numbers without texts: what its traffic is compared with
 
 Guarantees: the variant's bytes are compared with its manifest before they are shipped. Files of the model are hard
 links where the file system allows it: a bundle beside its variant takes no second copy of the disk.
