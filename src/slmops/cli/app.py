@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import typer
-from typer import Context
 from typer.core import TyperGroup
 
 from slmops import __version__
@@ -41,7 +41,7 @@ from slmops.errors import SlmopsError
 class InOrder(TyperGroup):
     """Verbs in the order of a model's life; groups would come last."""
 
-    def list_commands(self, ctx: Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         names = [name for name in super().list_commands(ctx) if name != "monitor"]
         names.insert(names.index("chat") + 1, "monitor")
         return names

@@ -60,7 +60,7 @@ def status(store: Store = STORE, database: Database = None, as_json: AsJson = Fa
         name = " ".join(part for part in (one["model"] or "(no name)", one["version"][:12], one["adapter"]) if part)
         typer.echo(f"  {name}: {one['events']:,} events, {moment(one['first_at'])} to {moment(one['last_at'])} UTC")
     running = [one for one in found["sessions"] if one["closed_at"] is None]
-    typer.echo(f"{len(running)} of the last {len(found['sessions'])} servers have not said that they ended.")
+    typer.echo(f"{len(running)} of the last {len(found['sessions'])} servers still record, or ended without a word.")
     for gap in found["gaps"]:
         lost = "an unknown number of" if gap["lost"] is None else f"{gap['lost']:,}"
         typer.echo(

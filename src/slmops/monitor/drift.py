@@ -140,7 +140,7 @@ class _Views:
         if pair is None:
             return None
         line = np.quantile(pair[0], 0.95)
-        words = f"{(pair[1] > line).mean():.0%} of the texts are newer than 95 % of the reference"
+        words = f"{100 * (pair[1] > line).mean():.0f} % of the texts are newer than 95 % of the reference"
         return mean_test(*pair, *self.options, upward=True), len(pair[1]), words
 
     def embedding(self) -> Found | None:
@@ -148,14 +148,14 @@ class _Views:
         if pair is None:
             return None
         test = energy_test(vectors(pair[0]), vectors(pair[1]), *self.options)
-        return test, len(pair[1]), "texts lie elsewhere"
+        return test, len(pair[1]), f"texts lie {test.statistic:.2g} away (energy distance)"
 
     def tokens(self) -> Found | None:
         pair = self._sketches()
         if pair is None:
             return None
         test = count_test(word_buckets(pair[0]), word_buckets(pair[1]), *self.options)
-        return test, len(pair[1]), f"{test.statistic:.0%} of the words have other classes"
+        return test, len(pair[1]), f"{100 * test.statistic:.0f} % of the words fall into other classes"
 
     def numbers(self, column: str, words: str) -> Found | None:
         pair = self._pair(column)
@@ -178,7 +178,9 @@ class _Views:
         wide = [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in pair]
         shares = [{name: counts.get(name, 0) / sum(counts.values()) for name in names} for counts in (was, now)]
         moved = sorted(names, key=lambda name: -abs(shares[1][name] - shares[0][name]))[:LABELS_TOLD]
-        told = ", ".join(f"{name} {shares[1][name]:.1%} instead of {shares[0][name]:.1%}" for name in moved)
+        told = ", ".join(
+            f"{name} {100 * shares[1][name]:.1f} % instead of {100 * shares[0][name]:.1f} %" for name in moved
+        )
         return count_test(wide[0], wide[1], *self.options), len(wide[1]), f"labels have moved ({told})"
 
     def confidence(self) -> Found | None:
@@ -197,7 +199,7 @@ class _Views:
         pair = self._pair("format_ok")
         if pair is None or min(part.min() for part in pair) == 1:
             return None
-        words = f"{pair[1].mean():.1%} of the answers have the right form, not {pair[0].mean():.1%}"
+        words = f"{100 * pair[1].mean():.1f} % of the answers have the right form, not {100 * pair[0].mean():.1f} %"
         was, now = (np.stack([part, 1 - part], axis=1) for part in pair)
         return count_test(was, now, *self.options), len(pair[1]), words
 

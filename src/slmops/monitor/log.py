@@ -81,8 +81,9 @@ class EventLog:
         self._engine = engine
 
     @classmethod
-    def open(cls, place: Path | str, *, create: bool = True) -> EventLog:
-        """The log in a file, or in the database at a URL. ``create``: a missing file is made.
+    def open(cls, place: Path | str, *, create: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> EventLog:
+        """The log in a file, or in the database at a URL. ``create``: a missing file is made; ``busy_timeout_ms``: how
+        long to wait for others who write to the file.
 
         Raises:
             DataError: there is no such file.
@@ -101,7 +102,7 @@ class EventLog:
                     remedy="Serve with --monitor, or name another --store or --database.",
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            log = cls(sqlite_engine(path, busy_timeout_ms=BUSY_TIMEOUT_MS, kept_open=True, secure_delete="ON"))
+            log = cls(sqlite_engine(path, busy_timeout_ms=busy_timeout_ms, kept_open=True, secure_delete="ON"))
             with FileLock(f"{path}.lock", timeout=30):
                 log._migrate()
         except OSError as error:

@@ -78,8 +78,9 @@ def open_recorder(
         policy,
         place.key(policy),
         recognizers,
-        version,
-        format_check(task, labels),
-        None if reference is None else reference.surprisal,
+        model=model,
+        version=version,
+        format_ok=format_check(task, labels),
+        surprisal=None if reference is None else reference.surprisal,
     )
-    return EventRecorder.open(log, preparation, model=model, folder=place.folder, joules=joules)
+    return EventRecorder.open(log, preparation, folder=place.folder, joules=joules)

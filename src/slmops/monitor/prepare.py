@@ -25,6 +25,7 @@ ID_CHARACTERS = 200
 @dataclass(frozen=True)
 class Preparation:
     """
+    ``model``      what callers name it: what they wrote is not kept, for it may be anything
     ``format_ok``  whether an answer has the form that the task asks for; None where it asks for none
     ``surprisal``  of the training texts' features (:mod:`slmops.monitor.sketch`); None where they are not known
     """
@@ -32,6 +33,7 @@ class Preparation:
     policy: MonitorPolicy
     key: SubjectKey
     recognizers: Sequence[Recognizer] = ()
+    model: str = ""
     version: str = ""
     format_ok: FormatCheck | None = None
     surprisal: F16 | None = None
@@ -46,7 +48,7 @@ class Preparation:
             "request_id": answered.request_id[:ID_CHARACTERS],
             "at": answered.at,
             "kind": answered.kind,
-            "model": answered.model[:ID_CHARACTERS],
+            "model": self.model,
             "version": answered.version or self.version,
             "adapter": answered.adapter[:ID_CHARACTERS],
             "status": answered.status,

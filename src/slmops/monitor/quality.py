@@ -80,7 +80,8 @@ def share(hits: int, rows: int) -> dict[str, Any]:
         Z95 * math.sqrt(hits / rows * (1 - hits / rows) / rows + Z95**2 / (4 * rows**2)),
     )
     scale = 1 + Z95**2 / rows
-    low, high = max(0.0, (center - wide) / scale), min(1.0, (center + wide) / scale)
+    low = max(0.0, (center - wide) / scale) if hits else 0.0
+    high = min(1.0, (center + wide) / scale) if hits < rows else 1.0
     return {"value": hits / rows, "rows": rows, "ci95": [low, high]}
 
 

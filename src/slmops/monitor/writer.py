@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 0.5
 BATCH = 512
 BEAT_S = 30.0
+SKETCH_BURST = 500
+"""Texts that may be sketched at once before the policy's rate counts: enough for one check."""
 PRUNE_S = 3600.0
 Read = Callable[[], Sequence[Answered]]
 
@@ -44,19 +46,18 @@ class EventRecorder:
         log: EventLog,
         preparation: Preparation,
         *,
-        model: str,
         folder: Path,
         joules: Callable[[], float | None] = lambda: None,
         flush_s: float = FLUSH_S,
     ) -> None:
-        self._log, self._preparation, self._model, self._joules = log, preparation, model, joules
+        self._log, self._preparation, self._joules = log, preparation, joules
         self._flush_s = flush_s
         self._waiting: deque[Read] = deque()
         self._rows: list[dict[str, Any]] = []
         self._lost = self._lost_before = self._written = self._unreadable = 0
         self._failure: str | None = None
         self._lost_since = 0.0
-        self._sketches = preparation.policy.sketches_per_s
+        self._sketches: float = SKETCH_BURST
         self._sketched_at = time.monotonic()
         self._work = threading.Lock()
         self._wake, self._end = threading.Event(), threading.Event()
@@ -67,15 +68,13 @@ class EventRecorder:
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     @classmethod
-    def open(
-        cls, log: EventLog, preparation: Preparation, *, model: str, folder: Path, **options: Any
-    ) -> EventRecorder:
+    def open(cls, log: EventLog, preparation: Preparation, *, folder: Path, **options: Any) -> EventRecorder:
         """Begin: note what an earlier server left without closing, and start the thread. ``folder`` is this machine's.
 
         Raises:
             StorageError: the folder or the database cannot be written to.
         """
-        recorder = cls(log, preparation, model=model, folder=folder, **options)
+        recorder = cls(log, preparation, folder=folder, **options)
         for session in recorder._marker.left_behind():
             since = log.end_crashed(session, at=time.time())
             if since is not None:
@@ -86,7 +85,7 @@ class EventRecorder:
                     ended,
                 )
         recorder._marker.take()
-        log.begin(recorder._session, model=model, version=preparation.version, at=time.time())
+        log.begin(recorder._session, model=preparation.model, version=preparation.version, at=time.time())
         recorder._thread.start()
         return recorder
 
@@ -184,9 +183,9 @@ class EventRecorder:
         """Tokens of a bucket that fills at the policy's rate."""
         rate = self._preparation.policy.sketches_per_s
         now = time.monotonic()
-        self._sketches = min(rate, self._sketches + rate * (now - self._sketched_at))
+        self._sketches = min(SKETCH_BURST, self._sketches + rate * (now - self._sketched_at))
         self._sketched_at = now
-        if self._sketches < 1:
+        if not rate or self._sketches < 1:
             return False
         self._sketches -= 1
         return True

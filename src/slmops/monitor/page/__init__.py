@@ -80,18 +80,22 @@ def render_page(content: Mapping[str, Any], *, title: str, ledger: Mapping[str, 
     return environment.get_template("page.html.jinja").render(
         content=content,
         title=title,
-        names=NAMES,
+        names={name: told for name, told in NAMES.items() if _is_known(name, content["groups"])},
         ledger=ledger,
         plots=plots(content),
         short=lambda version: version[:12] or MISSING,
     )
 
 
+def _is_known(name: str, groups: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(figure(one[name], name) != MISSING for one in groups.values())
+
+
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
 def moment(seconds: float | None) -> str:
-    return MISSING if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+    return MISSING if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
 def amount(value: float | None, digits: int = 3) -> str:
@@ -100,7 +104,7 @@ def amount(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.{digits}g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def figure(value: Any, name: str) -> str:
@@ -136,7 +140,7 @@ def _y(share: float) -> float:
 
 def _time_ticks(points: Sequence[Mapping[str, Any]]) -> list[Tick]:
     first, last = points[0]["at"], points[-1]["at"]
-    form = "%H:%M" if last - first < 2 * 86_400 else "%m-%d"
+    form = "%H:%M:%S" if last - first < 600 else "%H:%M" if last - first < 2 * 86_400 else "%m-%d"
     return [
         Tick(_x(share), time.strftime(form, time.gmtime(first + share * (last - first)))) for share in (0.0, 0.5, 1.0)
     ]
