@@ -142,8 +142,8 @@ class EventLog:
             if session is not None:
                 connection.execute(sessions.update().where(sessions.c.id == session).values(flushed_at=time.time()))
             for start in range(0, len(rows), ROWS_AT_ONCE):
-                part = [dict(row) for row in rows[start : start + ROWS_AT_ONCE]]
-                connection.execute(self._insert(events).on_conflict_do_nothing(), part)
+                insert = self._insert(events).on_conflict_do_nothing()
+                connection.execute(insert, list(rows[start : start + ROWS_AT_ONCE]))
 
     def give_feedback(self, row: Row) -> None:
         """Write or replace what a subject said of an event. Raises :class:`StorageError`."""

@@ -109,7 +109,9 @@ class Preparation:
 
 def plain(value: Any) -> Any:
     """A text as every database takes it: without NUL and half characters."""
-    return value.replace("\0", "").encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    if not isinstance(value, str) or (value.isascii() and "\0" not in value):
+        return value
+    return value.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def keeps(policy: MonitorPolicy, answer_id: str) -> bool:
