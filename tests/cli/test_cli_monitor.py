@@ -165,6 +165,7 @@ def test_the_report_and_its_page(before: Served, tmp_path: Path) -> None:
     assert {"novelty", "labels", "confidence"} <= {view["name"] for view in found["drift"]["views"]}
     text = page.read_text("utf-8")
     assert "tiny-intents" in text
+    assert "by the teacher" in text
     for outside in ("http://", "https://", "<script", "4111 1111", "number 7"):
         assert outside not in text
     one = run("monitor", "report", before.bundle, "--slice", "tenant=a", *before.where)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from slmops.monitor.ledger import Prices
     from slmops.monitor.log import EventLog, Window
     from slmops.monitor.place import Place
     from slmops.monitor.reference import Reference
@@ -85,11 +86,12 @@ def report(
     chosen = Chosen.of(bundle, days, model, slice_)
     with place_of(store, database).open() as log:
         content = content_of(log, chosen, alpha, rows)
+        cost = cost_of(log, chosen, bundle)
     if html is not None:
         from slmops.cli.bench import write_text
         from slmops.monitor.page import render_page
 
-        write_text(html, render_page(content, title=chosen.title(content)))
+        write_text(html, render_page(content, title=chosen.title(content), ledger=cost))
     if as_json:
         print_json(content)
         return
@@ -300,8 +302,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Tell what was served, what it cost, what the teacher would have cost, and when training is paid for."""
-    from slmops.monitor.ledger import Prices, use_of
-    from slmops.monitor.ledger import ledger as computed
+    from slmops.monitor.ledger import Prices
 
     known = known_prices(bundle)
     prices = Prices(
@@ -315,8 +316,7 @@ def ledger(
     )
     chosen = Chosen.of(bundle, days, model, None)
     with place_of(store, database).open() as log:
-        columns = ("at", "status", "latency_ms", "prompt_tokens", "completion_tokens")
-        found = computed(use_of(log.events(chosen.window, *columns), log.sessions()), prices)
+        found = ledger_of(log, chosen, prices)
     if as_json:
         print_json(found)
         return
@@ -403,6 +403,25 @@ def check_rules(rules: Any, place: Place, bundle: Path | None) -> list[dict[str,
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(json.dumps([one.rule for one in now]), "utf-8")
     return [one.to_json() for one in now]
+
+
+def ledger_of(log: EventLog, chosen: Chosen, prices: Prices) -> dict[str, Any]:
+    from slmops.monitor.ledger import ledger as computed
+    from slmops.monitor.ledger import use_of
+
+    columns = ("at", "status", "latency_ms", "prompt_tokens", "completion_tokens")
+    return computed(use_of(log.events(chosen.window, *columns), log.sessions()), prices)
+
+
+def cost_of(log: EventLog, chosen: Chosen, bundle: Path | None) -> dict[str, Any] | None:
+    """The ledger by the prices in a bundle's recipe; None where it has none."""
+    from slmops.monitor.ledger import Prices
+
+    known = known_prices(bundle)
+    if not known:
+        return None
+    teacher = known["input_per_million"], known["output_per_million"]
+    return ledger_of(log, chosen, Prices(*teacher, currency=str(known.get("currency") or "")))
 
 
 def known_prices(bundle: Path | None) -> Mapping[str, Any]:

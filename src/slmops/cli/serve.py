@@ -59,8 +59,9 @@ def serve(
     description = ModelDescription.read(folder)
     model = name or description.name or path.resolve().name
     with bind(host, port) as listening:
+        engine = Engine.open(folder, threads=threads)
         recorder = None if monitor is None else recorder_for(monitor, store, path, model, digest or "", description)
-        app = create_app(folder, name=model, engine=Engine.open(folder, threads=threads), recorder=recorder)
+        app = create_app(folder, name=model, engine=engine, recorder=recorder)
 
         def ready(url: str) -> None:
             if as_json:

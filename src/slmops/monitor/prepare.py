@@ -50,7 +50,7 @@ class Preparation:
             "kind": answered.kind,
             "model": self.model,
             "version": answered.version or self.version,
-            "adapter": answered.adapter[:ID_CHARACTERS],
+            "adapter": answered.adapter[:ID_CHARACTERS] if answered.status < 400 else "",
             "status": answered.status,
             "latency_ms": answered.latency_ms,
             "first_ms": answered.first_ms,

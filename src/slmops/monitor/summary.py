@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,15 @@ LABELS_SHOWN = 15
 DRIFT_ROWS = 500
 """The newest requests that are compared with the reference."""
 EARLIER_ROWS = 1000
+FIGURED = (
+    *("id", "at", "kind", "model", "version", "adapter", "status", "latency_ms", "first_ms", "prompt_tokens"),
+    *("completion_tokens", "confidence", "format_ok", "finish_reason", "slices"),
+)
+COMPARED = (
+    *("at", "status", "novelty", "sketch", "input_chars", "output_chars", "confidence", "format_ok", "label"),
+    "finish_reason",
+)
+"""Columns that are read: texts never are."""
 
 
 def watched(
@@ -36,10 +46,10 @@ def watched(
 
     ``reference``: the bundle's; None: the first requests of the window's model and version, as far as there are enough.
     """
-    events = log.events(window)
+    events = log.events(window, *FIGURED)
     feedback, judgements = log.feedback(window), log.judgements(window)
-    good = [row for row in events if row["status"] < 400]
-    newest = good[-drift_rows:]
+    latest = log.events(replace(window, newest=2 * drift_rows), *COMPARED)
+    newest = [row for row in latest if row["status"] < 400][-drift_rows:]
     compared = reference or _earlier(log, window, newest)
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -142,9 +152,8 @@ def _earlier(log: EventLog, window: Window, newest: Sequence[Mapping[str, Any]])
     """The first requests of this model and version, before the newest."""
     if not newest:
         return None
-    of_it = log.events(
-        Window(until=newest[0]["at"], model=window.model, version=window.version, adapter=window.adapter)
-    )
+    before = Window(until=newest[0]["at"], model=window.model, version=window.version, adapter=window.adapter)
+    of_it = log.events(before, *COMPARED)
     rows = [row for row in of_it if row["status"] < 400][:EARLIER_ROWS]
     return reference_from_events(rows) if rows else None
 

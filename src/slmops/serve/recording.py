@@ -1,7 +1,8 @@
 """Answers told to a recorder, beside the request's path: what goes in and out is kept by reference and read later.
 
 Guarantees: a recorder never delays or fails a request: nothing is parsed, copied or written here, and what it raises is
-logged and no more. Every response gets an ``X-Request-Id``, so that feedback can name an answer whose body has no id.
+logged and no more. It hears of an answer before the last byte of it is sent, so that feedback always finds its answer.
+Every response gets an ``X-Request-Id``, so that feedback can name an answer whose body has no id.
 Not covered: what the recorder keeps of it; that is its policy.
 """
 
@@ -73,6 +74,7 @@ class _Exchange:
     first_ms: float | None = None
     request_id: str = ""
     whole: bool = False
+    told: bool = False
 
 
 class Recording:
@@ -97,11 +99,19 @@ class Recording:
                 passing.request.append(message.get("body", b""))
             return message
 
+        def tell() -> None:
+            if not passing.told:
+                passing.told = True
+                seen = _seen(scope, passing, notes, at, 1e3 * (time.perf_counter() - started))
+                self._tell(lambda: answers_of(seen))
+
         async def keep_response(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _take_head(passing, message)
             elif message["type"] == "http.response.body":
                 _take_body(passing, message, started)
+                if passing.whole:
+                    tell()
             await send(message)
 
         try:
@@ -116,8 +126,7 @@ class Recording:
             raise
         finally:
             _notes.reset(token)
-            seen = _seen(scope, passing, notes, at, 1e3 * (time.perf_counter() - started))
-            self._tell(lambda: answers_of(seen))
+            tell()
 
     def _tell(self, read: Callable[[], Sequence[Answered]]) -> None:
         try:
