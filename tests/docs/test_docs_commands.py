@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from typer.testing import CliRunner
 
 from fakes.tiny_models import write_tiny_classifier
 from slmops import sample
-from slmops.artifacts import Variant, drafting
+from slmops.artifacts import Bundle, Message, Variant, drafting
+from slmops.artifacts.events import Answered, Feedback
 from slmops.cli.app import app
 from slmops.cli.render import show_error
 from slmops.errors import RecipeError
+from slmops.monitor.place import Place, open_recorder
+from slmops.monitor.policy import load_policy
 from slmops.package import build_bundle
 from slmops.recipe import load_recipe, parse_recipe
 
@@ -73,7 +77,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_tiny_classifier(draft.path / "model")
     report: dict[str, Any] = {"name": "mydata", "metric": "accuracy", "student": {}, "verdict": "Made for a test."}
     with drafting("bundle", Path(".slmops/runs/mydata/bundle").resolve()) as draft:
-        recipe = {"name": "mydata", "task": "classification"}
+        columns = {"train": "mydata.csv", "input": "{text}", "target": "{intent}"}
+        recipe = {"name": "mydata", "task": "classification", "data": columns}
         variant = Variant.open(Path("variant"))
         build_bundle(
             variant=variant,
@@ -83,7 +88,34 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             lineage={},
             draft=draft,
         )
+    record_answers(tmp_path)
     return tmp_path
+
+
+def record_answers(folder: Path) -> None:
+    """As if the bundle had been served with --monitor full, and somebody had said what an answer should have been."""
+    bundle = folder / ".slmops/runs/mydata/bundle"
+    place, policy = Place.of(folder / ".slmops"), load_policy("full")
+    recorder = open_recorder(place, policy, model="mydata", version=Bundle.open(bundle).digest, bundle=bundle)
+    for number in range(20):
+        told = Answered(
+            id=f"id-{number}",
+            request_id=f"req-{number}",
+            at=time.time(),
+            kind="classify",
+            model="mydata",
+            status=200,
+            latency_ms=2.0,
+            label="refund",
+            confidence=0.9,
+            messages=(Message("user", f"where is my parcel number {number}?"),),
+            output="refund",
+            subject="ann" if number < 5 else "bob",
+        )
+        recorder.observe(lambda told=told: [told])  # type: ignore[misc]
+    assert recorder.feedback(Feedback("id-7", time.time(), 0.0, "track_parcel"))
+    recorder.close()
+    (folder / "alerts.yaml").write_text("rules: [{metric: error_share, above: 0.02}]\n")
 
 
 @pytest.mark.parametrize("page", TOLD)

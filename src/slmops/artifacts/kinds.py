@@ -13,6 +13,7 @@ from slmops.artifacts.rows import Row
 
 SPLITS = ("train", "validation", "test")
 MODEL_DESCRIPTION = "slmops.json"
+ROWS_NAME = "rows.jsonl"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -121,7 +122,30 @@ class Bundle(_WithModel):
     kind: ClassVar[str] = "bundle"
 
 
-KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Dataset, Signals, Checkpoint, Variant, Report, Bundle)}
+@dataclass(frozen=True)
+class Curated(Artifact):
+    """Feedback that can be learnt from.
+
+    Files: ``rows.jsonl`` (the columns that the bundle's recipe reads, and ``event``, ``source``, ``answered``),
+    ``quarantine.jsonl`` (events that were left out, with the reason), ``summary.json``.
+    """
+
+    kind: ClassVar[str] = "curated"
+
+    @property
+    def rows_path(self) -> Path:
+        """A file for ``data.train`` of a recipe."""
+        return self.path / ROWS_NAME
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text("utf-8"))
+        return summary
+
+
+KINDS: dict[str, type[Artifact]] = {
+    kind.kind: kind for kind in (Dataset, Signals, Checkpoint, Variant, Report, Bundle, Curated)
+}
 
 
 def open_artifact(path: Path | str) -> Artifact:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from slmops import __version__
 from slmops.cli.adapters import adapters
@@ -25,8 +27,10 @@ from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
+from slmops.cli.feedback import feedback
 from slmops.cli.init import init
 from slmops.cli.keys import keys
+from slmops.cli.monitor import monitor
 from slmops.cli.run import run
 from slmops.cli.serve import serve
 from slmops.cli.telemetry import silence_telemetry
@@ -37,8 +41,19 @@ from slmops.cli.validate import validate
 from slmops.cli.verify import verify
 from slmops.errors import SlmopsError
 
+
+class InOrder(TyperGroup):
+    """Verbs in the order of a model's life; groups would come last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "monitor"]
+        names.insert(names.index("chat") + 1, "monitor")
+        return names
+
+
 app = typer.Typer(
     name="slmops",
+    cls=InOrder,
     help="Run small language models through their whole life: teach, fit, prove, ship, watch, improve.",
     no_args_is_help=True,
     add_completion=False,
@@ -83,6 +98,8 @@ app.command()(serve)
 app.add_typer(keys, name="keys")
 app.add_typer(deploy, name="deploy")
 app.command()(chat)
+app.add_typer(monitor, name="monitor")
+app.command()(feedback)
 app.command()(trace)
 app.command()(run)
 app.command()(demo)

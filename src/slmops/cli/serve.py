@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from slmops.serve.engine import Engine
     from slmops.serve.watch import Observer
 
+if TYPE_CHECKING:
+    from slmops.monitor.writer import EventRecorder
+    from slmops.runtime.description import ModelDescription
+
 
 def serve(
     bundle: Annotated[
@@ -88,6 +92,13 @@ def serve(
         str,
         typer.Option(help="local; or remote: upstream and teacher may be other machines, asked with redacted texts."),
     ] = "local",
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            help="Record answers in the store, for slmops monitor: off (no texts), sampled, full, or a YAML policy.",
+            show_default="nothing is recorded",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready as one JSON object.")] = False,
 ) -> None:
     """Serve a bundle over HTTP, as OpenAI's API does. Its files are compared with their digests first.
@@ -143,7 +154,15 @@ def serve(
         tracer = Tracer.open() if otel else None
         observers = () if tracer is None else (tracer,)
         first = (Version(bundle, served.folder, served.digest or ""), served.engine)
-        app = operate(bundle, load, options, first=first, observers=observers, request_log=request_log)
+        recorder = None
+        if monitor is not None:
+            recorder = recorder_for(
+                monitor, store, served.folder, model, served.digest or "", served.engine.description
+            )
+            stack.callback(recorder.close)
+        app = operate(
+            bundle, load, options, first=first, observers=observers, request_log=request_log, recorder=recorder
+        )
 
         def ready(url: str) -> None:
             if as_json:
@@ -164,6 +183,36 @@ def serve(
         finally:
             if tracer is not None:
                 tracer.close()
+
+
+def recorder_for(
+    monitor: str, store: Path, path: Path, model: str, version: str, description: ModelDescription
+) -> EventRecorder:
+    """The recorder that ``--monitor`` asks for.
+
+    Raises:
+        UsageError: no such policy.
+        StorageError: the store cannot be written to.
+    """
+    from slmops.evaluate.energy import energy_counter
+    from slmops.monitor.place import Place, open_recorder
+    from slmops.monitor.policy import load_policy
+    from slmops.package.resolve import artifact_around
+
+    policy = load_policy(monitor)
+    counter = energy_counter()
+    before = counter.read() if counter.zones else []
+    artifact = artifact_around(path)
+    return open_recorder(
+        Place.of(store, policy),
+        policy,
+        model=model,
+        version=version,
+        bundle=None if artifact is None else artifact.path,
+        task=description.task,
+        labels=description.labels,
+        joules=lambda: counter.joules(before, counter.read()) if counter.zones else None,
+    )
 
 
 def _supervised(host: str, port: int) -> int:

@@ -9,7 +9,7 @@ from slmops.distill.checks import Verdict, check_answer
 from slmops.distill.distribution import keep_distribution
 from slmops.distill.engine import OpenAITeacher
 from slmops.distill.estimate import Estimate, estimate
-from slmops.distill.judge import judge_config
+from slmops.distill.judge import judge_config, judge_request, read_score
 from slmops.distill.language import language_of
 from slmops.distill.privacy import check_remote_allowed, leaves_machine
 from slmops.distill.prompts import student_messages, teacher_messages, teacher_request
@@ -30,11 +30,13 @@ __all__ = [
     "check_remote_allowed",
     "estimate",
     "judge_config",
+    "judge_request",
     "keep_distribution",
     "keep_token_signals",
     "language_of",
     "leaves_machine",
     "plan_token_signals",
+    "read_score",
     "redacted",
     "student_messages",
     "teacher_messages",

@@ -8,6 +8,7 @@
     licenses/        one text a component
     recipe.yaml      what was asked for
     lineage.json     out of which artifacts it came, by digest
+    reference/       how its test rows look, as numbers without texts: what its traffic is compared with
 
 Guarantees: the variant's bytes are compared with its manifest before they are shipped; what the bundle adds to the
 model's description (a classifier's calibration) is written beside them, never into them. Files of the model are hard

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from slmops.artifacts import Artifact, Dataset, Draft, Message, Row
-from slmops.data.redact import redact
 from slmops.distill import leaves_machine, student_messages
 from slmops.evaluate.measures import OwnMetric, load_metrics
 from slmops.models import LocalModel, fetch_model
+from slmops.privacy.redact import redact
 from slmops.progress import Progress, ProgressSink
 from slmops.recipe import Recipe
 from slmops.store import Store, code_version

@@ -616,7 +616,7 @@ def _remote_teacher_entry(context: Context, data: Dataset) -> ModelEntry:
             "rows": recipe.evaluate.max_rows,
             "teacher": asked_config(context),
         },
-        ["slmops.distill", *SCORING, "slmops.data.redact"],
+        ["slmops.distill", *SCORING, "slmops.privacy.redact"],
         build,
     )
     price = recipe.evaluate.teacher_price_per_million_tokens

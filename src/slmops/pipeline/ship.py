@@ -10,10 +10,13 @@ from pathlib import Path
 
 import yaml
 
-from slmops.artifacts import Bundle, Checkpoint, Dataset, Report, Variant
+from slmops.artifacts import Bundle, Checkpoint, Dataset, Draft, Report, Variant
 from slmops.errors import StorageError
+from slmops.monitor.reference import FOLDER as REFERENCE
+from slmops.monitor.reference import write_reference
 from slmops.package import build_bundle
 from slmops.pipeline.context import Context
+from slmops.pipeline.watch import reference_of
 from slmops.recipe import Recipe, portable_recipe
 
 
@@ -24,13 +27,9 @@ def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint
     lineage = {"dataset": data.digest, "student": student.digest, "report": report.digest}
     if teacher is not None:
         lineage["teacher"] = teacher.digest
-    return context.stage(
-        "bundle",
-        Bundle,
-        {"variant": variant, "report": report},
-        {"recipe": portable_recipe(recipe)},
-        ["slmops.package"],
-        lambda draft: build_bundle(
+
+    def build(draft: Draft) -> None:
+        build_bundle(
             variant=variant,
             report=content,
             recipe=portable_recipe(recipe),
@@ -39,7 +38,18 @@ def package(context: Context, report: Report, data: Dataset, teacher: Checkpoint
             draft=draft,
             report_html=(report.path / "report.html").read_text("utf-8"),
             calibration=content.get("calibration"),
-        ),
+        )
+        reference = reference_of(context, content["student"]["id"], variant, data)
+        if reference is not None:
+            write_reference(reference, draft.path / REFERENCE)
+
+    return context.stage(
+        "bundle",
+        Bundle,
+        {"variant": variant, "report": report},
+        {"recipe": portable_recipe(recipe)},
+        ["slmops.package", "slmops.monitor.reference", "slmops.pipeline.watch"],
+        build,
     )
 
 

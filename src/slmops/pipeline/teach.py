@@ -8,7 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import SPLITS, Artifact, Checkpoint, Dataset, Draft, Message, Row, Signals
+from slmops.artifacts import (
+    MANIFEST_NAME,
+    ROWS_NAME,
+    SPLITS,
+    Artifact,
+    Checkpoint,
+    Curated,
+    Dataset,
+    Draft,
+    Message,
+    Row,
+    Signals,
+)
 from slmops.chat import ChatTokenizer, tokenizer_digest
 from slmops.data import (
     FetchHub,
@@ -69,11 +81,21 @@ def prepare_data(context: Context) -> Dataset:
     return context.stage(
         "data",
         Dataset,
-        source_digests(recipe.data, fetch_hub=fetch),
+        {**source_digests(recipe.data, fetch_hub=fetch), **_curated(recipe)},
         stage_config(recipe.data, recipe.task, recipe.seed),
         ["slmops.data"],
         lambda draft: prepare(recipe.data, recipe.task, recipe.seed, draft, fetch_hub=fetch, progress=context.progress),
     )
+
+
+def _curated(recipe: Recipe) -> dict[str, Artifact]:
+    """Rows out of feedback by the artifact that holds them, so that a trace leads back to it."""
+    files = {role: getattr(recipe.data, role) for role in ("train", "validation", "test")}
+    return {
+        f"{role}-feedback": Curated.open(Path(file).parent)
+        for role, file in files.items()
+        if file is not None and Path(file).name == ROWS_NAME and (Path(file).parent / MANIFEST_NAME).is_file()
+    }
 
 
 def check_judgeable(context: Context, data: Dataset) -> None:
@@ -335,7 +357,7 @@ def ask_for_answers(context: Context, data: Dataset, teacher: Checkpoint | None,
     inputs = {"data": data}
     if teacher is not None:
         inputs["teacher"] = teacher
-    code = ["slmops.distill", "slmops.data.redact", "slmops.data.similar"]
+    code = ["slmops.distill", "slmops.privacy.redact", "slmops.data.similar"]
     return context.stage("answers", Dataset, inputs, {"teacher": asked}, code, ask)
 
 

@@ -8,12 +8,13 @@
 ``POST /v1/responses``     a conversation to an answer, in the newer form; without a memory
 ``POST /v1/embeddings``    text(s) to vectors, where the model's graph gives its states
 ``POST /v1/classify``      text(s) to label, calibrated confidence, abstention and the five likeliest labels
+``POST /v1/feedback``      what people say of an answer, where a recorder keeps it
 ``GET /openapi.json``      all this as a schema
 ``GET /v1/routing``        how much went to the teacher, and the blended cost; 404 where there is none
 ========================== ==========================================================================================
 
 Guarantees: the event loop never waits for the model; every failure is in OpenAI's form; a parameter that would have no
-effect is refused by name; nothing that a caller wrote is logged or kept.
+effect is refused by name; nothing that a caller wrote is logged, or kept unless a recorder is given.
 Not covered: keys, metrics and reloading (:mod:`slmops.serve.operate` stands around this).
 """
 
@@ -33,6 +34,7 @@ from slmops.errors import SlmopsError
 from slmops.serve.answers import PlainJSON
 from slmops.serve.engine import Engine
 from slmops.serve.errors import ApiError, from_error, from_validation
+from slmops.serve.feedback import add_feedback
 from slmops.serve.limits import MAX_BODY_BYTES, Limits
 from slmops.serve.openapi import (
     ChatCompletion,
@@ -47,6 +49,7 @@ from slmops.serve.openapi import (
     answers_with,
     describe,
 )
+from slmops.serve.recording import Recorder, Recording
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
 from slmops.serve.response_requests import ResponsesRequest
 from slmops.serve.service import Service
@@ -62,9 +65,11 @@ def create_app(
     engine: Engine | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_new_tokens: int | None = None,
+    recorder: Recorder | None = None,
 ) -> FastAPI:
     """The application for the model in ``model_folder``, called ``name`` by its callers. The model is loaded here, so
-    that a server which listens can answer; ``engine`` gives one that is loaded already.
+    that a server which listens can answer; ``engine`` gives one that is loaded already. ``recorder`` is told of every
+    answer, and closed with the application.
 
     Raises:
         SlmopsError: the model cannot be opened.
@@ -78,9 +83,12 @@ def create_app(
 
     # No pages for people: they load their scripts from elsewhere.
     app = FastAPI(title=f"slmops: {name}", docs_url=None, redoc_url=None, lifespan=lifespan)
+    if recorder is not None:
+        app.add_middleware(Recording, recorder=recorder)
     app.add_middleware(Limits, max_body_bytes=max_body_bytes)
     _answer_errors(app)
     _add_paths(app, Service(engine, name, max_new_tokens=max_new_tokens))
+    add_feedback(app, recorder)
     describe(app)
     return app
 

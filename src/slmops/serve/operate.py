@@ -32,6 +32,7 @@ from slmops.serve.errors import ApiError
 from slmops.serve.keys import KeyRing
 from slmops.serve.limits import MAX_BODY_BYTES, Limits, log_line, respond_json
 from slmops.serve.metrics import Metrics
+from slmops.serve.recording import Recorder
 from slmops.serve.reload import Loader, ReloadBusyError, Result, Switch, Version
 from slmops.serve.watch import Observer
 
@@ -115,12 +116,14 @@ def operate(
     first: tuple[Version, Engine] | None = None,
     observers: Sequence[Observer] = (),
     request_log: Observer = log_line,
+    recorder: Recorder | None = None,
     extend: Callable[[FastAPI, Version], None] = lambda *_: None,
 ) -> Operated:
     """The whole application over what ``source`` names.
 
     ``first``      the version to begin with, opened already
     ``observers``  are told of every request, beside ``request_log`` and metrics
+    ``recorder``   is told of every answer of every version; whoever opened it closes it
     ``extend``     adds paths to each version's application
 
     Raises:
@@ -136,6 +139,7 @@ def operate(
             engine=engine,
             max_body_bytes=options.max_body_bytes,
             max_new_tokens=options.max_new_tokens,
+            recorder=recorder,
         )
         extend(app, version)
         return app

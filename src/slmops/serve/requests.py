@@ -76,11 +76,13 @@ class StreamOptions(Body):
 
 
 class About(Body):
-    """What a caller says of himself: taken and not used, for it is not about the answer."""
+    """What a caller says of himself. It changes nothing in the answer."""
 
-    user: str | None = None
+    user: str | None = Field(None, description="recorded as a hash, where answers are recorded")
     safety_identifier: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(
+        None, description="recorded, where answers are, for figures by group"
+    )
     prompt_cache_key: str | None = Field(None, description="beginnings of prompts are found again without it")
 
 

@@ -22,6 +22,7 @@ from slmops.serve.embeddings import embeddings_body
 from slmops.serve.engine import ContinuesText, Engine, KnowsContext
 from slmops.serve.errors import ApiError, unsupported
 from slmops.serve.pieces import Piece, as_pieces, gathered, pieces, side_by_side
+from slmops.serve.recording import note
 from slmops.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Sampling
 from slmops.serve.response_requests import ResponsesRequest
 from slmops.serve.responses import EventWriter, ResponseBody
@@ -82,6 +83,7 @@ class Service:
                 400, f"'{self.name}' writes text and has no labels. Ask /v1/chat/completions.", param="model"
             )
         probabilities, _ = await self.engine.classify(body.texts)
+        note(completion_tokens=len(probabilities))
         threshold = self.engine.description.threshold if body.threshold is None else body.threshold
         rows = [ranking(self.engine.classifier.labels, row, threshold) for row in probabilities]
         taught = await self.engine.second_opinion(body.texts, [row["confidence"] for row in rows])
@@ -236,7 +238,9 @@ class Service:
     async def _label_pieces(self, texts: list[str]) -> list[AsyncGenerator[Piece, None]]:
         probabilities, tokens = await self.engine.classify(texts)
         own = [self.engine.classifier.labels[int(row.argmax())] for row in probabilities]
-        taught = await self.engine.second_opinion(texts, [float(row.max()) for row in probabilities])
+        confidences = [float(row.max()) for row in probabilities]
+        note(confidences=confidences)
+        taught = await self.engine.second_opinion(texts, confidences)
         labels = [label or mine for label, mine in zip(taught, own, strict=True)]
         return [
             as_pieces(Piece(label, finish_reason="stop", prompt_tokens=0 if index else tokens, completion_tokens=1))

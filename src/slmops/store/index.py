@@ -13,14 +13,13 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError, SQLAlchemyError
-from sqlalchemy.pool import ConnectionPoolEntry, NullPool, StaticPool
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
 
-from slmops.errors import ArtifactError, StorageError, UsageError
+from slmops.errors import StorageError
+from slmops.store.database import engine_at, migrate, place_of, sqlite_engine
 from slmops.store.records import Entry, Input, Run
 from slmops.store.schema import artifacts, inputs, metadata, runs
 
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 HEAD = "0001"
 """The newest migration. Known here, so that opening an index that is up to date need not load alembic."""
 
-_BUSY_TIMEOUT_MS = 30_000
 _BROKEN = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_CONSTRAINT", "SQLITE_SCHEMA"}
 
 
@@ -69,9 +67,7 @@ class Index:
 
     @classmethod
     def _open_file(cls, path: Path) -> Index:
-        engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), poolclass=NullPool)
-        event.listen(engine, "connect", _configure_sqlite)
-        index = cls(engine)
+        index = cls(sqlite_engine(path))
         index._check_pages()
         index._migrate()
         index._check_tables()
@@ -85,25 +81,11 @@ class Index:
             UsageError: not a database URL, or its driver is not installed.
             StorageError: the database does not answer.
         """
-        try:
-            parsed = sa.make_url(url)
-            shown = parsed.render_as_string(hide_password=True)
-            engine = sa.create_engine(parsed, pool_pre_ping=True)
-        except (ArgumentError, NoSuchModuleError) as error:
-            raise UsageError(
-                f"The store's database URL cannot be used: {error}.", remedy="For example: postgresql+psycopg://host/db"
-            ) from None
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"The driver for {shown} is not installed: {error}.", remedy=f"Install it: pip install {error.name}"
-            ) from None
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _configure_sqlite)
-        index = cls(engine)
+        index = cls(engine_at(url))
         try:
             index._migrate()
         except DatabaseError as error:
-            raise _storage_error(error, shown) from error
+            raise _storage_error(error, index._place) from error
         return index
 
     def close(self) -> None:
@@ -197,7 +179,7 @@ class Index:
 
     @property
     def _place(self) -> str:
-        return self._engine.url.render_as_string(hide_password=True)
+        return place_of(self._engine)
 
     def _check_pages(self) -> None:
         with self._engine.connect() as connection:
@@ -214,29 +196,7 @@ class Index:
                 connection.execute(sa.select(table).limit(0))
 
     def _migrate(self) -> None:
-        with self._engine.begin() as connection:
-            revision = None
-            if sa.inspect(connection).has_table("alembic_version"):
-                revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-            if revision == HEAD:
-                return
-            if revision is not None and revision > HEAD:
-                raise ArtifactError(
-                    f"The store's index {self._place} has version {revision}; this slmops knows {HEAD}.",
-                    remedy="Update slmops, or choose another --store.",
-                )
-            _upgrade(connection)
-
-
-def _upgrade(connection: sa.Connection) -> None:
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    folder = Path(__file__).parent / "migrations"
-    config.set_main_option("script_location", str(folder).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+        migrate(self._engine, Path(__file__).parent / "migrations", HEAD, what="The store's index")
 
 
 def _forget(connection: sa.Connection, paths: list[str]) -> None:
@@ -247,12 +207,6 @@ def _forget(connection: sa.Connection, paths: list[str]) -> None:
 def _inputs(connection: sa.Connection, path: str) -> tuple[Input, ...]:
     query = sa.select(inputs.c.role, inputs.c.digest, inputs.c.key).where(inputs.c.path == path)
     return tuple(Input(*row) for row in connection.execute(query.order_by(inputs.c.role)))
-
-
-def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
-    # The timeout comes first: switching to WAL takes a lock itself.
-    for setting in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {setting}").close()
 
 
 def _is_broken(error: DatabaseError) -> bool:
