@@ -71,7 +71,11 @@ def serve(
                 f"Serving {model} at {url}/v1 (Ctrl-C ends it). Try:\n\n  {example(url, model, description.form)}\n"
             )
 
-        run(app, listening, on_ready=ready)
+        try:
+            run(app, listening, on_ready=ready)
+        finally:
+            if recorder is not None:
+                recorder.close()
 
 
 def recorder_for(

@@ -47,7 +47,7 @@ def create_app(
 ) -> FastAPI:
     """The application for the model in ``model_folder``, called ``name`` by its callers. The model is loaded here, so
     that a server which listens can answer; ``engine`` gives one that is loaded already. ``recorder`` is told of every
-    answer, and closed with the application.
+    answer; whoever opened it closes it.
 
     Raises:
         SlmopsError: the model cannot be opened.
@@ -58,8 +58,6 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, engine.close)
-        if recorder is not None:
-            await asyncio.get_running_loop().run_in_executor(None, recorder.close)
 
     # No pages for people: they load their scripts from elsewhere.
     app = FastAPI(title=f"slmops: {name}", docs_url=None, redoc_url=None, lifespan=lifespan)
