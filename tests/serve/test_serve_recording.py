@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from slmops.errors import StorageError
 from slmops.runtime.description import ModelDescription
 from slmops.serve.app import create_app
 from slmops.serve.engine import Engine
+from slmops.serve.recording import WATCH, Recording
 from slmops.serve.seen import Seen, answers_of
 from slmops.serve.server import background
 
@@ -34,7 +36,7 @@ class Notebook:
         self.given: list[Feedback] = []
         self.broken = False
         self.full = False
-        self.closed = threading.Event()
+        self.closed = False
 
     def observe(self, read: Callable[[], Sequence[Answered]]) -> None:
         if self.broken:
@@ -51,7 +53,7 @@ class Notebook:
         return {}
 
     def close(self) -> None:
-        self.closed.set()
+        self.closed = True
 
     def answers(self) -> list[Answered]:
         return [one for read in list(self.reads) for one in read()]
@@ -224,10 +226,34 @@ def test_without_a_recorder_feedback_says_so(label_folder: Path) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (501, "not_recording")
 
 
-def test_the_recorder_is_closed_with_the_server(label_folder: Path, notebook: Notebook) -> None:
+def test_the_recorder_is_left_open_by_the_application(label_folder: Path, notebook: Notebook) -> None:
     with background(create_app(label_folder, name="intents", recorder=notebook)):
-        assert not notebook.closed.is_set()
-    assert notebook.closed.wait(5)
+        pass
+    assert not notebook.closed
+
+
+async def _nothing() -> Any:
+    return {"type": "http.request", "body": b'{"input": "x"}', "more_body": False}
+
+
+def test_a_layer_further_out_gives_its_id_and_what_it_knows(notebook: Notebook) -> None:
+    heads: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'[{"label": "fee", "confidence": 0.5}]'})
+
+    async def keep(message: Any) -> None:
+        heads.extend(message.get("headers", ()))
+
+    watch = SimpleNamespace(id="outer", version="new", adapter="a", prompt_tokens=4, completion_tokens=0)
+    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], WATCH: watch}
+    asyncio.run(Recording(inner, recorder=notebook)(scope, _nothing, keep))
+    (told,) = notebook.answers()
+    assert (told.id, told.version, told.adapter, told.prompt_tokens) == ("outer", "new", "a", 4)
+    assert told.completion_tokens is None
+    assert heads == []
 
 
 # The wire of paths that are read but may be served elsewhere

@@ -14,12 +14,10 @@ import typer
 from slmops.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from slmops.serve.engine import Engine
-    from slmops.serve.watch import Observer
-
-if TYPE_CHECKING:
     from slmops.monitor.writer import EventRecorder
     from slmops.runtime.description import ModelDescription
+    from slmops.serve.engine import Engine
+    from slmops.serve.watch import Observer
 
 
 def serve(

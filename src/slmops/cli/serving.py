@@ -99,7 +99,7 @@ def open_router(teacher: str | None, url: str | None, asking: Asking, policy: Po
 
 
 def _asked(source: str, url: str | None, asking: Asking, option: str) -> UpstreamGenerator:
-    from slmops.data.redact import redact
+    from slmops.privacy import redact
     from slmops.runtime.upstream import Upstream, UpstreamGenerator
 
     if asking.privacy not in ("local", "remote"):

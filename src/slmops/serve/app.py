@@ -69,7 +69,7 @@ def create_app(
 ) -> FastAPI:
     """The application for the model in ``model_folder``, called ``name`` by its callers. The model is loaded here, so
     that a server which listens can answer; ``engine`` gives one that is loaded already. ``recorder`` is told of every
-    answer, and closed with the application.
+    answer; whoever opened it closes it.
 
     Raises:
         SlmopsError: the model cannot be opened.

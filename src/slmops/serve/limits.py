@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slmops.serve.errors import ApiError, from_error
-from slmops.serve.watch import Observer, Watch, watch_this
+from slmops.serve.watch import WATCH, Observer, Watch, watch_this
 
 log = logging.getLogger(__name__)
 CALLER_GONE = 499  # as nginx logs it; nobody is left to see it
@@ -28,8 +28,6 @@ BODY_LIMIT_S = 30.0
 """From a request's first byte until its body is whole."""
 SEND_LIMIT_S = 60.0
 """A caller that reads nothing for so long has gone."""
-WATCH = "slmops.watch"
-"""Where a scope carries its :class:`Watch`."""
 ANOTHER_PATH = "(another path)"
 KNOWN_PATHS = frozenset(
     {

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slmops.artifacts.events import Answered, Feedback
 from slmops.serve.errors import ApiError
 from slmops.serve.seen import KINDS, Seen, answers_of
+from slmops.serve.watch import WATCH, Watch
 
 log = logging.getLogger(__name__)
 REQUEST_ID = b"x-request-id"
@@ -75,6 +76,7 @@ class _Exchange:
     request_id: str = ""
     whole: bool = False
     told: bool = False
+    watch: Watch | None = None
 
 
 class Recording:
@@ -89,7 +91,7 @@ class Recording:
             await self.app(scope, receive, send)
             return
         at, started = time.time(), time.perf_counter()
-        passing = _Exchange()
+        passing = _Exchange(watch=scope.get(WATCH))
         notes: dict[str, Any] = {}
         token = _notes.set(notes)
 
@@ -140,6 +142,9 @@ def _take_head(passing: _Exchange, message: Message) -> None:
     headers = dict(message["headers"])
     passing.content_type = headers.get(b"content-type", b"").decode("latin-1")
     given = headers.get(REQUEST_ID)
+    if passing.watch is not None:
+        passing.request_id = passing.watch.id
+        return
     passing.request_id = given.decode("latin-1") if given else f"req-{uuid.uuid4().hex}"
     if not given:
         message["headers"] = [*message["headers"], (REQUEST_ID, passing.request_id.encode())]
@@ -155,6 +160,11 @@ def _take_body(passing: _Exchange, message: Message, started: float) -> None:
 
 
 def _seen(scope: Scope, passing: _Exchange, notes: Mapping[str, Any], at: float, latency_ms: float) -> Seen:
+    watch = passing.watch
+    if watch is not None:
+        known = {"version": watch.digest, "adapter": watch.adapter, "prompt_tokens": watch.prompt_tokens}
+        known["completion_tokens"] = watch.completion_tokens
+        notes = {**{name: value for name, value in known.items() if value}, **notes}
     streamed = passing.content_type.startswith("text/event-stream")
     return Seen(
         kind=KINDS[scope["path"]],

@@ -105,7 +105,8 @@ class Switch:
             await self._live(receive, send)
             return
         generation = self.current
-        watching().version = generation.version.label
+        watch = watching()
+        watch.version, watch.digest = generation.version.label, generation.version.digest
         generation.at_hand += 1
         try:
             await generation.app(scope, receive, send)

@@ -18,12 +18,15 @@ from typing import Protocol, TypeVar
 from slmops.runtime.base import Delta
 
 T = TypeVar("T")
+WATCH = "slmops.watch"
+"""Where a scope carries its :class:`Watch`."""
 
 
 @dataclass(slots=True)
 class Watch:
     """
     ``path``        one of the known paths, or ``(another path)``: an unknown one may hold anything
+    ``version``     short name of the version that answers; ``digest``: of its artifact, whole
     ``status``      499 where the caller went away before there was one
     ``queued_s``    from the first call of the engine until it began; None where no model was asked
     ``first_s``     from the request's arrival to the first piece of text
@@ -40,6 +43,7 @@ class Watch:
     status: int = 0
     spent_s: float = 0.0
     version: str = ""
+    digest: str = ""
     adapter: str = ""
     key: str = ""
     queued_s: float | None = None
