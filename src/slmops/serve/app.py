@@ -5,7 +5,7 @@
 ``GET /v1/models``         the one model; ``GET /v1/models/{name}`` alike
 ``POST /v1/chat/completions``  a conversation to an answer, whole or streamed; a classifier answers with the label
 ``POST /v1/completions``   plain text to its continuation; a classifier answers with the label
-``GET /v1/routing``        how much went to the teacher, and the blended cost; 404 where there is none
+``GET /v1/routing``        how much went to the teacher, and the blended cost; only with a teacher
 ``POST /v1/classify``      text(s) to label, confidence and the five likeliest labels
 ========================== ==========================================================================================
 
@@ -96,13 +96,6 @@ def _add_paths(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return {**service.model(), "id": model}
 
-    @app.get("/v1/routing")
-    async def routing() -> dict[str, Any]:
-        router = service.engine.router
-        if router is None:
-            raise ApiError(404, "Nothing is routed here: the server has no teacher.", code="not_found")
-        return router.told()
-
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await service.chat(body, request)
@@ -110,6 +103,12 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await service.completions(body, request)
+
+    if (router := service.engine.router) is not None:
+
+        @app.get("/v1/routing")
+        async def routing() -> dict[str, Any]:
+            return router.told()
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> list[dict[str, Any]]:
