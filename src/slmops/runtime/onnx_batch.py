@@ -224,7 +224,7 @@ def _cache_shape(session: Any, config: Mapping[str, Any], folder: Path) -> Cache
     heads = {one.shape[1] for one in cached.values()}
     kinds = {one.type for one in cached.values()}
     alike = len(heads) == 1 == len(kinds) and isinstance(next(iter(heads)), int) and next(iter(kinds)) in _KINDS
-    if not alike or others or session.get_outputs()[0].name != LOGITS:
+    if not alike or others or LOGITS not in {one.name for one in session.get_outputs()}:
         raise ModelError(
             f"{folder} cannot be served in batches of onnxruntime: its graph keeps its cache in another way.",
             remedy="Serve it with another --engine.",

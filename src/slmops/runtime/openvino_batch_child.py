@@ -11,7 +11,7 @@ process, however its parent ended.
            "temperature", "top_p", "seed"}
           {"drop": number}
     out   {"ready": true} or {"error"}                                                first, once
-          {"step": [[number, [token, ...], [logprob, ...] or null, ended], ...]}
+          {"step": [[number, [token, ...], [logprob, ...] or null, ended], ...]}      of one step or several
           {"refused": number, "why"}
 """
 
@@ -22,9 +22,13 @@ import os
 import queue
 import sys
 import threading
+import time
 from typing import Any, TextIO
 
 MAX_ANSWERS = 64
+GATHER_S = 0.035
+"""Tokens that come within this time are told together: whoever is woken for each takes the cores from the next step,
+which waits for the slower of its threads. An answer's first token, and its end, are told at once."""
 
 
 def main() -> None:
@@ -54,6 +58,7 @@ def read(commands: queue.SimpleQueue[dict[str, Any] | None]) -> None:
 
 def run(core: Core, commands: queue.SimpleQueue[dict[str, Any] | None], out: TextIO) -> None:
     """Take what came, step, tell; sleep while there is nothing to do."""
+    gathered = Gathered()
     while True:
         while not (core.busy and commands.empty()):
             command = commands.get()
@@ -61,9 +66,45 @@ def run(core: Core, commands: queue.SimpleQueue[dict[str, Any] | None], out: Tex
                 return
             if "drop" in command:
                 core.drop(command["drop"])
+                gathered.forget(command["drop"])
             elif refused := core.admit(command):
                 tell(out, refused)
-        tell(out, {"step": core.step()})
+        gathered.add(core.step())
+        if gathered.urgent or not core.busy or time.monotonic() - gathered.told_s >= GATHER_S:
+            tell(out, {"step": gathered.take()})
+
+
+class Gathered:
+    """What several steps brought, by answer."""
+
+    def __init__(self) -> None:
+        self.urgent = False
+        self.told_s = 0.0
+        self._begun: set[int] = set()
+        self._rows: dict[int, list[Any]] = {}
+
+    def add(self, rows: list[list[Any]]) -> None:
+        """The rows of one step: number, tokens, log-probabilities or None, whether it ended."""
+        for number, tokens, logprobs, ended in rows:
+            self.urgent = self.urgent or ended or number not in self._begun
+            self._begun.add(number)
+            if ended:
+                self._begun.discard(number)
+            row = self._rows.setdefault(number, [number, [], [], False])
+            row[1] += tokens
+            row[2] = None if logprobs is None or row[2] is None else row[2] + logprobs
+            row[3] = ended
+
+    def take(self) -> list[list[Any]]:
+        """All of it; nothing is left."""
+        rows, self._rows = list(self._rows.values()), {}
+        self.urgent, self.told_s = False, time.monotonic()
+        return rows
+
+    def forget(self, number: int) -> None:
+        """An answer was given up."""
+        self._begun.discard(number)
+        self._rows.pop(number, None)
 
 
 def tell(out: TextIO, what: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@
 ``POST /v1/classify``      text(s) to label, calibrated confidence, abstention and the five likeliest labels
 ``POST /v1/feedback``      what people say of an answer, where a recorder keeps it
 ``GET /openapi.json``      all this as a schema
-``GET /v1/routing``        how much went to the teacher, and the blended cost; 404 where there is none
+``GET /v1/routing``        how much went to the teacher, and the blended cost; only with a teacher
 ========================== ==========================================================================================
 
 Guarantees: the event loop never waits for the model; every failure is in OpenAI's form; a parameter that would have no
@@ -140,12 +140,11 @@ def _add_paths(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return PlainJSON({**service.model(), "id": model})
 
-    @app.get("/v1/routing", responses=answers_with(Routing, 404))
-    async def routing() -> Response:
-        router = service.engine.router
-        if router is None:
-            raise ApiError(404, "Nothing is routed here: the server has no teacher.", code="not_found")
-        return PlainJSON(router.told())
+    if (router := service.engine.router) is not None:
+
+        @app.get("/v1/routing", responses=answers_with(Routing))
+        async def routing() -> Response:
+            return PlainJSON(router.told())
 
     @app.post("/v1/chat/completions", responses=answers_with(ChatCompletion, *REFUSALS, streams=True))
     async def chat(body: ChatRequest, request: Request) -> Response:

@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from slmops.artifacts import Message
 from slmops.chat import Tools
-from slmops.errors import ServeError
+from slmops.errors import ModelError, ServeError
 from slmops.runtime import open_classifier
 from slmops.runtime.base import Classifier, Delta, GenerationRequest, Generator, Probabilities
 from slmops.runtime.batch import BatchedStream, BatchGenerator
@@ -116,23 +116,25 @@ class Engine:
         router: Router | None = None,
     ) -> Engine:
         """Load the model folder with the engine of that name; None takes the first of
-        :func:`slmops.runtime.engines.engines_of`. Errors as :func:`slmops.runtime.engines.open_engine`."""
+        :func:`slmops.runtime.engines.engines_of` that takes it. Errors as :func:`slmops.runtime.engines.open_engine`."""
         description = ModelDescription.read(folder)
         if description.form == "classifier":
-            model = open_classifier(folder, threads=threads)
-            return cls(model, description, max_waiting=max_waiting, router=router)
-        name = engine or next(iter(engines_of(folder)), description.runtime)
+            classifier = open_classifier(folder, threads=threads)
+            return cls(classifier, description, max_waiting=max_waiting, router=router)
+        names = (engine,) if engine else engines_of(folder) or (description.runtime,)
 
-        def opened() -> Generator:
+        def opened(name: str) -> Generator:
             made = open_engine(name, folder, threads=threads)
             if isinstance(made, BatchGenerator):
                 made.tells_logprobs = router is not None
             return made
 
-        def reopen() -> BatchGenerator:
-            return cast("BatchGenerator", opened())
+        name, model = _first_that_opens(names, opened)
 
-        return cls(opened(), description, max_waiting=max_waiting, name=name, reopen=reopen, router=router)
+        def reopen() -> BatchGenerator:
+            return cast("BatchGenerator", opened(name))
+
+        return cls(model, description, max_waiting=max_waiting, name=name, reopen=reopen, router=router)
 
     @property
     def model(self) -> Classifier | Generator:
@@ -290,6 +292,16 @@ class Engine:
         # What a caller waited, divided by those who waited with it: about the time of one call.
         share_s = (time.perf_counter() - started) / (self._at_hand + 1)
         self._call_s = 0.8 * self._call_s + 0.2 * share_s
+
+
+def _first_that_opens(names: Sequence[str], opened: Callable[[str], Generator]) -> tuple[str, Generator]:
+    """The first engine that takes the model, and its name; raises what the last one says."""
+    for name in names[:-1]:
+        try:
+            return name, opened(name)
+        except ModelError:  # a graph that this engine cannot read
+            continue
+    return names[-1], opened(names[-1])
 
 
 def _close(source: Iterator[Delta]) -> None:
