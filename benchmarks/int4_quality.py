@@ -44,6 +44,7 @@ WEIGHTS = ("model.onnx", "model.onnx.data", "model.gguf")
 ABOUT: dict[str, Any] = {"task": "generation", "name": "trained", "system": None}
 OURS: dict[str, dict[str, Any]] = {
     "int4 k_quant": {"algorithm": "k_quant"},
+    "int4 k_quant with zeros": {"algorithm": "k_quant", "symmetric": False},
     "int4 gptq": {"algorithm": "gptq"},
     "int4 awq": {"algorithm": "awq"},
 }
