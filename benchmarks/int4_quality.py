@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import say
-from benchmarks.trained import Row, Trained, trained_weights
+from benchmarks.trained import Row, Trained, off_grid, trained_weights
 from slmops.artifacts import Draft, Message
 from slmops.artifacts import Row as DataRow
 from slmops.compress import generator
@@ -38,12 +38,15 @@ CALIBRATION_ROWS = 128
 SMALLER, SMALLER_THAN_FP32 = 0.70, 0.85
 POINTS = 0.5
 SHARE_OF_RISE = 0.5
+OFF_GRID = 0.4
+"""Weights nearer to the grid that they were published on say nothing about rounding."""
 LIMIT = 0.295
 """Of the bytes of fp16: what the mixture may take."""
 WEIGHTS = ("model.onnx", "model.onnx.data", "model.gguf")
 ABOUT: dict[str, Any] = {"task": "generation", "name": "trained", "system": None}
 OURS: dict[str, dict[str, Any]] = {
     "int4 k_quant": {"algorithm": "k_quant"},
+    "int4 k_quant with zeros": {"algorithm": "k_quant", "symmetric": False},
     "int4 gptq": {"algorithm": "gptq"},
     "int4 awq": {"algorithm": "awq"},
 }
@@ -65,7 +68,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ours = found[judged]
     share = ours["rise"] / max(builder["rise"], 1e-9)
     lost = paired_bootstrap(wide["right"], ours["right"])
+    apart = off_grid(trained.folder)
     checks = [
+        checked("off the published grid", apart, OFF_GRID, at_least=True),
         checked("smaller than fp16", ours["smaller than fp16"], SMALLER, at_least=True),
         checked("smaller than fp32", 1 - ours["bytes"] / (2 * wide["bytes"]), SMALLER_THAN_FP32, at_least=True),
         checked("points of accuracy lost", -100 * lost.difference, POINTS, at_least=False),

@@ -22,7 +22,7 @@ from slmops.runtime import GenerationRequest, open_generator
 TOKENS, ROUNDS, QUESTIONS = 64, 8, 3
 QUICK_TOKENS, QUICK_ROUNDS, QUICK_QUESTIONS = 8, 2, 1
 OURS, PEER = "int4 k_quant", "gguf q4_0"
-BESIDE = ("int4 gptq, mixed", "builder int4", "gguf q4_k_m")
+BESIDE = ("builder int4", "gguf q4_k_m")
 TARGET = 1.0
 
 

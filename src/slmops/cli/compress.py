@@ -19,6 +19,7 @@ In the recipe:
   compress: {precisions: [fp32, int8, int4]}           what is made and measured
 
   compress: {formats: [gguf:q4_k_m, openvino:int8]}    for other engines, and olive:FILE for Olive's own passes
+
   compress: {quantize: [gptq, awq, {size_mb: 40}]}     4 bits by other algorithms; see also bits, block_size,
   symmetric, activations, recover, and compress.calibration for the rows that they look at
 

@@ -221,7 +221,8 @@ class _Work:
         names = {one.name for one in self.matrices}
         constants = sum(tensor.ByteSize() for tensor in self.model.graph.initializer if tensor.name not in names)
         files = [path for path in self.folder.iterdir() if path.is_file() and path.name != DATA_NAME]
-        return constants + sum(path.stat().st_size for path in files) + NODES_BYTES * len(self.matrices)
+        besides: int = constants + sum(path.stat().st_size for path in files) + NODES_BYTES * len(self.matrices)
+        return besides
 
     def _grams(self) -> Iterable[dict[str, Tensor]]:
         from slmops.compress.quantize.statistics import grams

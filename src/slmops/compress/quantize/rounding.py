@@ -22,7 +22,7 @@ SHRINK = (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Shares by which the range that a grid spans is narrowed (or widened, below 0)."""
 FITS = 2
 """How often the best scale is fitted to the codes that it leads to."""
-CHUNK_NUMBERS = 1 << 20
+CHUNK_NUMBERS = 1 << 17
 """So many numbers of a matrix are worked on at once."""
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from slmops.compress.graph_files import GRAPH_NAME
 
 MOST_BYTES = 2 << 30
+TOKENS_AT_ONCE = 1024
+"""So many tokens wait for each product: a matrix is read and written as rarely."""
 GRAPH_BESIDE = "slmops-statistics.onnx"
 
 
@@ -69,14 +71,17 @@ def grams(
 
 def _grams(folder: Path, inputs: Mapping[str, int], rows: Sequence[TokenRow], head_size: int) -> dict[str, Tensor]:
     found = {name: torch.zeros(width, width) for name, width in inputs.items()}
-    tokens = 0
+    waiting: list[list[NDArray[np.float32]]] = []
+    tokens, waiting_tokens = 0, 0
     with beside(folder, outputs=list(inputs)) as (session, graph):
-        for row in rows:
-            values = session.run(list(inputs), feeds_of(graph, row.ids, head_size))
-            for name, value in zip(inputs, values, strict=True):
-                flat = torch.from_numpy(value).flatten(0, -2)
-                found[name].addmm_(flat.T, flat)
-            tokens += len(row.ids)
+        for number, row in enumerate(rows):
+            waiting.append(session.run(list(inputs), feeds_of(graph, row.ids, head_size)))
+            waiting_tokens += len(row.ids)
+            if waiting_tokens >= TOKENS_AT_ONCE or number == len(rows) - 1:
+                for name, values in zip(inputs, zip(*waiting, strict=True), strict=True):
+                    flat = torch.cat([torch.from_numpy(value).flatten(0, -2) for value in values])
+                    found[name].addmm_(flat.T, flat)
+                tokens, waiting, waiting_tokens = tokens + waiting_tokens, [], 0
     return {name: gram / max(1, tokens) for name, gram in found.items()}
 
 
