@@ -13,15 +13,30 @@ from test_pipeline_formats import chats  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from fakes.children import children_here
+from fakes.tiny_models import write_tiny_llama
 from slmops.cli.app import app
 from slmops.errors import DataError, RecipeError
 from slmops.evaluate.measure import Measurement
 from slmops.pipeline import prove, run_recipe
 from slmops.pipeline.benchmarks import answer_among, question_of
+from slmops.pipeline.judge import judge_by_benchmarks
 from slmops.recipe import BenchmarkConfig, Recipe, load_recipe, parse_recipe, portable_recipe
 from slmops.store import Store
 
 HERE = Path("rows.jsonl")
+PUBLIC: dict[str, dict[str, Any]] = {
+    "boolq/train.jsonl": {
+        "prompt": "{passage}\nQuestion: {question}? Answer yes or no.",
+        "choices": {False: "no", True: "yes"},
+    },
+    "scitail/train.csv": {
+        "prompt": "Premise: {premise}\nHypothesis: {hypothesis}\nDoes the one follow from the other?",
+        "answer": "{label}",
+        "choices": {"entailment": "yes", "not_entailment": "no"},
+        "shots": 2,
+    },
+    "gsm8k/train.jsonl": {"kind": "text", "match": "number", "max_new_tokens": 8},
+}
 EVEN = {"name": "even", "prompt": "is {n} even", "choices": {False: "no", True: "yes"}, "answer": "{even}"}
 
 
@@ -154,3 +169,17 @@ def test_a_model_is_asked_without_a_recipe(
     shown = CliRunner().invoke(app, command, catch_exceptions=False).output
     assert "even: accuracy" in shown
     assert "on 8 questions" in shown
+
+
+@pytest.mark.shared_data
+def test_real_rows_of_public_tasks(shared_data: Path, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model", context_tokens=8192)
+    sections = [
+        {"name": name.partition("/")[0], "data": str(shared_data / name), "rows": 4, **section}
+        for name, section in PUBLIC.items()
+    ]
+    with Store.open(tmp_path / "store") as store:
+        found = judge_by_benchmarks(sections, store, tmp_path / "model", offline=True).benchmarks
+    figures = {name: (one["metric"], one["models"]["model"]["rows"]) for name, one in found.items()}
+    assert figures == {"boolq": ("accuracy", 4), "scitail": ("accuracy", 4), "gsm8k": ("numeric_match", 4)}
+    assert found["boolq"]["models"]["model"]["others"]["chance"] == 0.5

@@ -177,7 +177,8 @@ def benchmark_comparison(test: Mapping[str, Any], other: str, metric: str) -> st
     """A paired test of the student (b) and ``other`` (a) on a benchmark."""
     noise = "beyond noise" if test["significant"] else "within noise"
     p_value = p_in_words(test["p_value"]).replace(" ", SPACE)
-    change = metric_value(abs(test["difference"]), metric)
+    size = abs(test["difference"])
+    change = f"{100 * size:.1f} points" if metric in _SHARES else significant(size)
     if not test["difference"]:
         return f"the student is at the level of {other} ({p_value})."
     side = "above" if test["difference"] > 0 else "below"
