@@ -119,8 +119,7 @@ def test_structured_output_falls_back_where_it_is_refused(tmp_path: Path) -> Non
         ask_teacher(dataset, "nli", teacher, OpenAITeacher(teacher), draft)
         structured = ["response_format" in body for body in server.bodies]
     assert draft.metrics["teacher"]["accepted"] == 30
-    assert 1 <= sum(structured) <= 2, "refused once, it is not sent again"
-    assert not any(structured[4:])
+    assert 1 <= sum(structured) <= 2, "refused once, only what was on its way beside it is refused too"
     keys = {header["idempotency-key"] for header in server.headers}
     assert len(keys) == 30, "the same request has the same key, however often it is tried"
 

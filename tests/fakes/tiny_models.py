@@ -154,8 +154,6 @@ def write_tiny_model(
 ) -> Any:
     """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model. ``changes``: of
     the configuration."""
-def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 512, layers: int = 2) -> Any:
-    """Random weights of one of :data:`ARCHITECTURES` or :data:`SCALING`, with a tokenizer; the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -166,7 +164,6 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     own: dict[str, dict[str, Any]] = {
-        "smollm3": {"no_rope_layers": [1, 0] if layers == 2 else None},
         "smollm3": {"no_rope_layers": [1 - number % 2 for number in range(layers)]},
         "qwen3": {"head_dim": 16},
         "phi3": {"sliding_window": 16},
@@ -176,7 +173,6 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
         "gemma3": {
             "head_dim": 16,
             "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"] if layers == 2 else None,
             "layer_types": _alternating(layers),
             "query_pre_attn_scalar": 16,
         },
@@ -203,19 +199,6 @@ def write_tiny_model(folder: Path, architecture: str, *, context_tokens: int = 5
     config = AutoConfig.for_model(
         {"phi4": "phi3", "gemma3": "gemma3_text"}.get(architecture, architecture),
         **{**shape, **own.get(architecture, {}), **changes},
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context_tokens,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=architecture in {"llama", "gemma3", "qwen2", "qwen3", "smollm3"},
-        initializer_range=0.3,
-        **own.get(architecture, {}),
     )
     model = AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(folder)

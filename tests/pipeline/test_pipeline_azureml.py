@@ -177,20 +177,30 @@ def test_a_wheel_goes_along(place: Place, tmp_path: Path) -> None:
     assert (tmp_path / "upload" / "code" / wheel.name).read_bytes() == b"wheel"
 
 
-def test_texts_and_general_rows_travel(place: Place, tmp_path: Path) -> None:
-    for name in ("texts.csv", "general.jsonl"):
-        (tmp_path / name).write_text("text\na\n")
-    recipe = recipe_for(
-        place,
-        distill={"unlabelled": str(tmp_path / "texts.csv")},
-        train={"forgetting": {"data": str(tmp_path / "general.jsonl")}},
-    )
+@pytest.mark.parametrize(
+    ("key", "name", "argument", "sections"),
+    [
+        ("distill.unlabelled", "texts.csv", "unlabelled", {}),
+        ("train.forgetting.data", "general.jsonl", "general", {"task": "generation"}),
+    ],
+    ids=["texts without labels", "general rows"],
+)
+def test_further_files_travel(
+    place: Place, tmp_path: Path, key: str, name: str, argument: str, sections: dict[str, Any]
+) -> None:
+    (tmp_path / name).write_text("text\na\n")
+    section, *inner = key.split(".")
+    value: Any = str(tmp_path / name)
+    for part in reversed(inner):
+        value = {part: value}
+    recipe = recipe_for(place, **sections, **{section: value})
     assert recipe.azureml
     job = load_and_validate(stage_files(recipe, recipe.azureml, tmp_path / "upload"))
-    assert '--set "distill.unlabelled=${{inputs.unlabelled}}"' in job.jobs["answers"].command
-    assert '--set "train.forgetting.data=${{inputs.general}}"' in job.jobs["answers"].command
-    raw = travelling_recipe(recipe)
-    assert (raw["distill"]["unlabelled"], raw["train"]["forgetting"]["data"]) == ("texts.csv", "general.jsonl")
+    assert f'--set "{key}=${{{{inputs.{argument}}}}}"' in job.jobs["answers"].command
+    travelling: Any = travelling_recipe(recipe)
+    for part in key.split("."):
+        travelling = travelling[part]
+    assert travelling == name
 
 
 def test_hub_models_do_not_travel(place: Place) -> None:
