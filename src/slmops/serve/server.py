@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from slmops.errors import ServeError
 
@@ -55,7 +55,7 @@ def url_of(taken: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, taken: socket.socket, *, on_ready: Callable[[str], None], drain_s: int = DRAIN_S) -> None:
+def run(app: ASGIApp, taken: socket.socket, *, on_ready: Callable[[str], None], drain_s: int = DRAIN_S) -> None:
     """Serve until SIGTERM or SIGINT; then take no more callers, finish the answers at hand and return.
 
     ``on_ready`` is called with the URL once requests are answered.
@@ -71,7 +71,7 @@ def run(app: FastAPI, taken: socket.socket, *, on_ready: Callable[[str], None], 
 
 
 @contextmanager
-def background(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, drain_s: int = DRAIN_S) -> Iterator[str]:
+def background(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0, drain_s: int = DRAIN_S) -> Iterator[str]:
     """Serve in a thread of this process while the block runs; gives the URL. The way of :func:`run`, without signals.
 
     Raises:
@@ -93,7 +93,7 @@ def background(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, drain_s:
         taken.close()
 
 
-def _config(app: FastAPI, drain_s: int) -> uvicorn.Config:
+def _config(app: ASGIApp, drain_s: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="warning",
