@@ -23,7 +23,9 @@ LIMIT = math.log(20)  # alpha = 0.05
 Test = Callable[[Arm, Arm, float], float]
 
 
-def stopped_at(test: Test, new: float, old: float, margin: float, *, rows: int, seed: int, every: int = 5) -> int | None:
+def stopped_at(
+    test: Test, new: float, old: float, margin: float, *, rows: int, seed: int, every: int = 5
+) -> int | None:
     """The row of each arm at which the evidence reaches the limit first."""
     rng = np.random.default_rng(seed)
     ones_new, ones_old = rng.random(rows) < new, rng.random(rows) < old

@@ -24,6 +24,7 @@ from slmops.cli.distill import distill
 from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
+from slmops.cli.improve import improve
 from slmops.cli.init import init
 from slmops.cli.run import run
 from slmops.cli.serve import serve
@@ -76,6 +77,7 @@ app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(verify)
 app.command()(serve)
 app.command()(chat)
+app.add_typer(improve, name="improve")
 app.command()(trace)
 app.command()(run)
 app.command()(demo)

@@ -246,7 +246,8 @@ def _numbers(finding: Finding) -> str:
     old, new = finding.means
     if old is None or new is None:
         return f"{points:+.1f} points over {finding.rows[1]} requests that both answered"
-    return f"{100 * new:.1f} % after {100 * old:.1f} % ({points:+.1f} points; {finding.rows[1]} and {finding.rows[0]} seen)"
+    seen = f"{finding.rows[1]} and {finding.rows[0]} seen"
+    return f"{100 * new:.1f} % after {100 * old:.1f} % ({points:+.1f} points; {seen})"
 
 
 def _e_value(logarithm: float) -> float:
