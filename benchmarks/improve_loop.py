@@ -1,10 +1,10 @@
 """Banking77 with one intent missing: feedback arrives, a candidate is made, shadows, and takes over without a failure.
 
-The fifteen most frequent intents; a student of fourteen of them is deployed and served. Simulated users ask texts that no
-model has seen: those of the missing intent correct the answer, one correction in ten names a wrong intent; users of the
-other intents correct half of the wrong answers, and one in fifty of them "corrects" a right one. `slmops improve` makes
-the candidate; `slmops serve --candidate` shadows it and gives it a growing share while users go on asking. Both versions
-are then judged on texts that were in none of this.
+The fifteen most frequent intents; a student of fourteen of them is deployed and served. Simulated users ask texts that
+no model has seen: those of the missing intent correct the answer, one correction in ten names a wrong intent; users of
+the other intents correct half of the wrong answers, and one in fifty of them "corrects" a right one. `slmops improve`
+makes the candidate; `slmops serve --candidate` shadows it and gives it a growing share while users go on asking. Both
+versions are then judged on texts that were in none of this.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from slmops.artifacts import Message, Row
 from slmops.evaluate.significance import compare
 from slmops.pipeline import run_recipe
 from slmops.pipeline.improve import improve_recipe
-from slmops.recipe import Recipe, parse_recipe
+from slmops.recipe import parse_recipe
 from slmops.runtime import open_classifier
 from slmops.store import Store
 
-INTENTS, QUICK_INTENTS = 15, 4
-EACH, QUICK_EACH = {"learn": 70, "traffic": 40, "judge": 50}, {"learn": 30, "traffic": 24, "judge": 20}
+INTENTS, QUICK_INTENTS = 15, 3
+EACH, QUICK_EACH = {"learn": 70, "traffic": 40, "judge": 50}, {"learn": 12, "traffic": 20, "judge": 20}
 WRONG_CORRECTIONS, CORRECTS, MISTAKES = 0.1, 0.5, 0.02
 CLIENTS = 4
 POLICY: dict[str, Any] = {
@@ -148,7 +148,9 @@ def recipe_of(folder: Path, *, quick: bool) -> dict[str, Any]:
     }
     if quick:
         raw["teacher"] |= {"adapt_epochs": 0.5, "frozen_share": 0.9}
-        raw["train"] = {"epochs": 8}
+        raw["student"] = {"layers": 1, "hidden_size": 64}
+        raw["train"] = {"epochs": 3}
+        raw["evaluate"]["latency_requests"] = 3
         raw["gates"] = {"retention": 0.1, "parity": 0.5}
         raw["compress"]["precisions"] = ["fp32"]
         raw["improve"] = {"old_loss_points": 50, "new_label_score": 0}

@@ -175,6 +175,6 @@ def test_what_is_missing_is_named(improved: Improved, copied: Path, tmp_path: Pa
             improve_recipe(improved.recipe(), store, [])
         with pytest.raises(ArtifactError, match="no bundle in use"):
             improve_recipe(improved.recipe(name="other"), store, [improved.feedback])
+    deployed = improved.store / "runs" / "tiny" / "bundle"
     with Store.open(tmp_path / "empty") as store, pytest.raises(DataError, match="are not in"):
-        deployed = improved.store / "runs" / "tiny" / "bundle"
         improve_recipe(improved.recipe(), store, [improved.feedback], deployed=deployed)
