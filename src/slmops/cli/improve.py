@@ -37,7 +37,7 @@ class _MakeUnlessNamed(TyperGroup):
 
 improve = typer.Typer(
     cls=_MakeUnlessNamed,
-    help="Make a better version out of feedback, and tell why it was taken or not.",
+    help="Make a better version from feedback, and tell what was decided.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,

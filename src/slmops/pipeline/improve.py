@@ -351,7 +351,8 @@ def _by_label(rows: Sequence[Row], before: Scores, after: Scores) -> dict[str, A
 
 def _verdict(passed: bool, gates: Sequence[Gate], own: Sequence[Mapping[str, Any]], improved: Mapping[str, Any]) -> str:
     used = f"{improved['used']} of {improved['corrections']} corrections used"
-    new = f", {len(improved['new_labels'])} new labels" if improved["new_labels"] else ""
+    count = len(improved["new_labels"])
+    new = f", {count} new label{'s' if count > 1 else ''}" if count else ""
     if passed:
         return f"A candidate: {used}{new}; all gates hold."
     failed = [gate.name for gate in gates if not gate.passed] + [gate["name"] for gate in own]
