@@ -18,9 +18,11 @@ from slmops.artifacts import Bundle, Dataset
 from slmops.errors import ArtifactError, DataError, UsageError
 from slmops.package import verify_bundle
 from slmops.pipeline import run_recipe
-from slmops.pipeline.improve import ImproveResult, improve_recipe
+from slmops.pipeline.improve import ImproveResult, improve_recipe, settle
 from slmops.progress import Progress
+from slmops.rollout import Policy
 from slmops.runtime import open_classifier
+from slmops.serve.candidate.book import Book, pair_name
 from slmops.store import Store
 
 NEW = "refund"
@@ -154,6 +156,22 @@ def test_a_refusal_says_why_and_leaves_no_candidate(improved: Improved, copied: 
     assert {"improved-data", "student"} <= found
     with Store.open(copied) as store:
         assert store.runs()[0].outcome == "refused"
+
+
+def test_a_candidate_that_took_over_is_what_the_next_round_begins_with(improved: Improved, copied: Path) -> None:
+    runs = copied / "runs" / "tiny"
+    old, new = (Bundle.open(path).digest for path in (runs / "bundle", runs / "candidate" / "bundle"))
+    book = Book(runs / "candidate" / "rollout" / pair_name(old, new))
+    assert not settle(runs)
+    state = book.begin(old, new, Policy())
+    assert not settle(runs)
+    book.note(state, "over", {"step": "50 %"})
+    with Store.open(copied) as store:
+        data = next(node for node in store.trace(store.find(new)).ancestors if node.name == "improved-data")
+    with pytest.raises(DataError, match="say what the rows say already"):
+        improve(improved, copied, feedback=copied / str(data.path))
+    assert Bundle.open(runs / "bundle").digest == new
+    assert verify_bundle(runs / "bundle") == []
 
 
 def test_a_data_set_of_the_store_is_feedback_too(improved: Improved, copied: Path) -> None:

@@ -139,9 +139,10 @@ def folder_of(target: Path, store: Path) -> Path:
     """
     from slmops.errors import ArtifactError
     from slmops.recipe import load_recipe
+    from slmops.serve.candidate.book import ROLLOUT
 
     folder = target if target.is_dir() else store / "runs" / load_recipe(target, []).name / "candidate"
-    known = (folder / "improvement.json", folder / "journal.jsonl", folder / "rollout", folder / "state.json")
+    known = (folder / "improvement.json", folder / "journal.jsonl", folder / ROLLOUT, folder / "state.json")
     if not any(path.exists() for path in known):
         if (folder / "candidate").is_dir():
             return folder_of(folder / "candidate", store)

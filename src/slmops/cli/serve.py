@@ -114,7 +114,7 @@ def with_candidate(
     """
     from slmops.package import check_digests, resolve_model_folder
     from slmops.runtime.description import ModelDescription
-    from slmops.serve.candidate.book import Book
+    from slmops.serve.candidate.book import ROLLOUT, Book, pair_name
     from slmops.serve.candidate.pair import Pair
     from slmops.serve.candidate.rollout import Rollout
 
@@ -127,7 +127,7 @@ def with_candidate(
     forms = ModelDescription.read(folder).form, ModelDescription.read(other).form
     if forms[0] != forms[1]:
         raise UsageError(f"A {forms[1]} cannot take over from a {forms[0]}.", remedy="Name a bundle of the same task.")
-    book = Book((rollout_folder or default_rollout_folder(candidate)) / f"{digest[:12]}-{new[:12]}")
+    book = Book((rollout_folder or candidate.resolve().parent / ROLLOUT) / pair_name(digest, new))
     state = book.begin(digest, new, read_policy(policy))
     match state.outcome:
         case "over":
@@ -136,10 +136,6 @@ def with_candidate(
             return application(folder), digest
         case _:
             return Pair(application(folder), application(other), Rollout(book, state)), digest
-
-
-def default_rollout_folder(candidate: Path) -> Path:
-    return candidate.resolve().parent / "rollout"
 
 
 def read_policy(path: Path | None) -> Policy:

@@ -38,9 +38,10 @@ from slmops.evaluate.significance import compare
 from slmops.pipeline import walk_until
 from slmops.pipeline.context import Context
 from slmops.pipeline.prove import score_variant
-from slmops.pipeline.ship import make_place, publish, replace_text
+from slmops.pipeline.ship import make_place, publish, put_bundle, replace_text
 from slmops.progress import ProgressSink, ignore
 from slmops.recipe import Recipe
+from slmops.serve.candidate.book import ROLLOUT, Book, pair_name
 from slmops.store import Store
 from slmops.trust import digest_file
 
@@ -76,7 +77,8 @@ def improve_recipe(
     """Make a candidate of ``recipe`` out of the rows of the version in use and ``feedback``, and judge it beside that.
 
     ``feedback``  data sets that slmops made, or files with the recipe's columns: what callers said would be right
-    ``deployed``  the bundle in use (default: ``runs/<name>/bundle`` in the store)
+    ``deployed``  the bundle in use (default: ``runs/<name>/bundle`` in the store, which a candidate that has taken over
+                  is put into first)
     ``out``       receives ``improvement.json``, the report and, where all gates hold, ``bundle/`` (default:
                   ``runs/<name>/candidate``)
 
@@ -88,6 +90,8 @@ def improve_recipe(
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     context = Context(recipe, store, offline, progress)
     folder = out or store.root / "runs" / recipe.name / FOLDER
+    if deployed is None:
+        settle(store.root / "runs" / recipe.name)
     use = _deployed(recipe, store, deployed)
     old = _old_rows(store, use)
     make_place(folder)
@@ -108,6 +112,22 @@ def improve_recipe(
     store.record_run(recipe.name, started_at=started_at, outcome=outcome, report_digest=improvement.digest)
     shipped = Bundle.open(folder / "bundle") if content["passed"] else None
     return ImproveResult(content, folder, shipped, context.reused)
+
+
+def settle(folder: Path) -> bool:
+    """Put a candidate that has taken over into the place of the version in use; whether there was one.
+
+    ``folder``  ``runs/<name>``. A rollout elsewhere than beside the candidate is not known here.
+    """
+    used, candidate = folder / "bundle", folder / FOLDER / "bundle"
+    if not all((path / MANIFEST_NAME).exists() for path in (used, candidate)):
+        return False
+    old, new = Bundle.open(used), Bundle.open(candidate)
+    state = Book(folder / FOLDER / ROLLOUT / pair_name(old.digest, new.digest)).read()
+    if state is None or state.outcome != "over":
+        return False
+    put_bundle(new, folder)
+    return True
 
 
 # --- what there is ----------------------------------------------------------------------------------------------

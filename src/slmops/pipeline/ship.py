@@ -70,6 +70,19 @@ def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None
         StorageError: the disk would not take them.
         ArtifactError: what stands in the bundle's place is no bundle.
     """
+    put_bundle(bundle, out)
+    with _at(out):
+        content = {**report.content, "bundle": str(out / "bundle"), "wall_s": context.wall_s}
+        replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
+        replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def put_bundle(bundle: Bundle, out: Path) -> None:
+    """Make ``out/bundle`` a copy of ``bundle``.
+
+    Raises:
+        StorageError, ArtifactError: as :func:`publish`.
+    """
     shipped, fresh, old = out / "bundle", out / ".bundle.tmp", out / ".bundle.old"
     with _at(out):
         shutil.rmtree(old, ignore_errors=True)
@@ -80,9 +93,6 @@ def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None
                 shipped.rename(old)
             fresh.rename(shipped)
             shutil.rmtree(old, ignore_errors=True)
-        content = {**report.content, "bundle": str(shipped), "wall_s": context.wall_s}
-        replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
-        replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -22,6 +22,13 @@ from slmops.rollout import Policy, Tally
 Outcome = Literal["running", "over", "back"]
 SCHEMA = 1
 STATE, JOURNAL = "state.json", "journal.jsonl"
+ROLLOUT = "rollout"
+"""The folder of rollouts, beside the candidate's bundle unless another is named."""
+
+
+def pair_name(old: str, new: str) -> str:
+    """The folder of one rollout, by the digests of both versions."""
+    return f"{old[:12]}-{new[:12]}"
 
 
 @dataclass(frozen=True)
