@@ -1031,6 +1031,34 @@ OLIVE_KNOWS = frozenset(
 OLIVE_LORA = frozenset({"rank", "alpha", "dropout", "targets"})
 
 
+class ImproveConfig(Section):
+    """What ``slmops improve`` makes of feedback, and what a new version has to hold."""
+
+    old_loss_points: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="points of score that may be lost on the test rows that the version in use was judged by"
+    )
+    old_loss_proven: bool = Field(
+        False, description="the 95 % interval of the loss too must be within old_loss_points: needs many test rows"
+    )
+    new_label_score: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the test rows of labels that are new which must be right"
+    )
+    test_share: Annotated[float, Field(gt=0, lt=0.9)] = Field(0.2, description="of the corrections, to judge by")
+    new_labels: bool = Field(True, description="false: corrections to labels that are not known go to quarantine")
+    least_label_rows: Annotated[int, Field(ge=1)] = Field(5, description="corrections that a new label needs")
+    weight: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="how often each correction is learnt; null: so often that its label is balanced (closed sets)"
+    )
+    doubt: Annotated[float, Field(gt=0.5, le=1)] | None = Field(
+        0.9,
+        description="a correction is kept out where a linear model is so sure of another label (closed sets); null: "
+        "all are believed",
+    )
+    forgetting: ForgettingConfig | None = Field(
+        None, description="general rows, and how much the loss on them may rise beside the version in use (open tasks)"
+    )
+
+
 class Recipe(Section):
     """A whole run: data → teacher → student → compress → evaluate → package."""
 
@@ -1050,6 +1078,7 @@ class Recipe(Section):
     budget: BudgetConfig = BudgetConfig()
     azureml: AzureMLConfig | None = Field(None, description="where --on azureml runs")
     gates: GatesConfig = GatesConfig()
+    improve: ImproveConfig = ImproveConfig()
     privacy: Literal["local", "remote"] = Field(
         "local", description="local: rows never leave this machine; remote: a remote teacher may read them"
     )
@@ -1077,6 +1106,8 @@ class Recipe(Section):
                 f"data.target is null, but a local teacher can answer {self.task} only after it has seen labelled rows"
             )
         self._check_running_text()
+        if self.improve.forgetting and self.closed:
+            raise ValueError(f"improve.forgetting is set, but a classifier ({self.task}) has no loss on general text")
         if self.train.forgetting and self.closed:
             raise ValueError(
                 f"train.forgetting is set, but the task is {self.task}: a classifier keeps no output layer over "
@@ -1298,6 +1329,8 @@ def portable_recipe(recipe: Recipe) -> dict[str, Any]:
     for one in evaluate["benchmarks"]:
         for key in ("task", "data"):
             one[key] = one[key] and (one[key] if _has_scheme(one[key]) else Path(one[key]).name)
+    if raw["improve"]["forgetting"]:
+        raw["improve"]["forgetting"]["data"] = Path(raw["improve"]["forgetting"]["data"]).name
     if raw["train"]["preferences"]:
         raw["train"]["preferences"]["file"] = Path(raw["train"]["preferences"]["file"]).name
     return raw
@@ -1497,6 +1530,10 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     evaluate = raw.get("evaluate")
     if isinstance(evaluate, dict):
         _anchor_evaluate(evaluate, folder)
+    improve = raw.get("improve")
+    general = improve.get("forgetting") if isinstance(improve, dict) else None
+    if isinstance(general, dict) and isinstance(general.get("data"), str):
+        general["data"] = str((folder / general["data"]).resolve())
     teachers = [part for name in ("teacher", "teachers") for part in _as_list(raw.get(name))]
     for part in (*teachers, raw.get("student")):
         if isinstance(part, dict) and isinstance(part.get("model"), str) and (folder / part["model"]).is_dir():

@@ -42,11 +42,11 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
     if path.name != "CHANGELOG.md"
 )
-ONLY_PARSED = {"run", "train", "adapters", "demo", "serve", "deploy"}
+ONLY_PARSED = {"run", "train", "adapters", "improve", "demo", "serve", "deploy"}
 DESIGNED_ORDER = [
     "init", "doctor", "data", "distill", "train", "compress", "evaluate", "bench", "package", "verify",
     "validate", "serve", "chat", "monitor", "feedback", "fleet", "device", "trace", "run", "demo", "console",
-    "adapters", "keys", "deploy",
+    "adapters", "keys", "deploy", "improve",
 ]  # fmt: skip
 CPU_LIMIT_S = 0.3
 COMMAND: Any = typer.main.get_command(app)

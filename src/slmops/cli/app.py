@@ -28,6 +28,7 @@ from slmops.cli.doctor import doctor
 from slmops.cli.evaluate import EPILOG as EVALUATE_EPILOG
 from slmops.cli.evaluate import evaluate
 from slmops.cli.feedback import feedback
+from slmops.cli.improve import improve
 from slmops.cli.init import init
 from slmops.cli.keys import keys
 from slmops.cli.monitor import monitor
@@ -100,6 +101,7 @@ app.add_typer(deploy, name="deploy")
 app.command()(chat)
 app.add_typer(monitor, name="monitor")
 app.command()(feedback)
+app.add_typer(improve, name="improve")
 app.command()(trace)
 app.command()(run)
 app.command()(demo)

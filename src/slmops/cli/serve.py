@@ -45,6 +45,22 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What callers name the model.", show_default="the bundle's own name")
     ] = None,
+    candidate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A bundle that is to take over: it shadows, gets a growing share, and is decided on.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="With --candidate: a YAML file with shares, margins, alpha.", show_default=False)
+    ] = None,
+    rollout_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --candidate: where its state and journal are.", show_default="rollout/ beside the candidate"
+        ),
+    ] = None,
     store: Annotated[
         Path, typer.Option(envvar="SLMOPS_STORE", help="Where a published model is kept once it is converted.")
     ] = Path(".slmops"),
@@ -103,13 +119,19 @@ def serve(
 
     SIGHUP, or POST /admin/reload with a key for it, goes over to the version that BUNDLE leads to by then, without a
     failed request; SIGTERM finishes the answers at hand. Metrics for Prometheus are at /metrics.
+
+    With --candidate a second bundle answers in the shadow, then a growing share of the callers, and takes over or goes
+    back by a test that may be looked at at any moment. Ask why: slmops improve why.
     """
     if any(find_spec(library) is None for library in ("fastapi", "uvicorn", "prometheus_client")):
         raise MissingExtraError("slmops serve", "serve")
     if log_format not in ("text", "json"):
         raise UsageError(f"--log is {log_format!r}.", remedy="Choose text or json.")
+    if candidate is None and (policy or rollout_folder):
+        raise UsageError("--policy and --rollout-folder are for a candidate.", remedy="Name it: --candidate BUNDLE.")
     if supervise:
         raise typer.Exit(_supervised(host, port))
+    from slmops.cli.candidate import rollout_of
     from slmops.cli.serving import Asking, Served, open_router, open_source
     from slmops.serve.limits import log_line
     from slmops.serve.logs import RequestLog, log_as_json
@@ -142,7 +164,12 @@ def serve(
 
     with ExitStack() as stack:
         listening = stack.enter_context(bind(host, port))
-        served = open_(bundle)
+        rollout = None
+        if candidate is not None:
+            rollout = rollout_of(Path(bundle), candidate, policy=policy, folder=rollout_folder)
+        decided = rollout is not None and rollout.state.outcome == "over"
+        served = open_(str(candidate) if decided else bundle)
+        beside = None if rollout is None or not rollout.running else (rollout, *load(str(candidate)))
         request_log: Observer = log_line
         if log_format == "json":
             log_as_json()
@@ -151,7 +178,7 @@ def serve(
         options = ServeOptions(model, keys, int(max_body_mb * 2**20), max_tokens)
         tracer = Tracer.open() if otel else None
         observers = () if tracer is None else (tracer,)
-        first = (Version(bundle, served.folder, served.digest or ""), served.engine)
+        first = (Version(str(candidate) if decided else bundle, served.folder, served.digest or ""), served.engine)
         recorder = None
         if monitor is not None:
             recorder = recorder_for(
@@ -159,7 +186,14 @@ def serve(
             )
             stack.callback(recorder.close)
         app = operate(
-            bundle, load, options, first=first, observers=observers, request_log=request_log, recorder=recorder
+            bundle,
+            load,
+            options,
+            first=first,
+            beside=beside,
+            observers=observers,
+            request_log=request_log,
+            recorder=recorder,
         )
 
         def ready(url: str) -> None:

@@ -171,9 +171,13 @@ def run_until(
     """
     if stage not in STAGES:
         raise UsageError(f"There is no stage {stage!r}.", remedy=f"Choose one of {', '.join(STAGES)}.")
-    context = Context(recipe, store, offline, progress)
+    return walk_until(Context(recipe, store, offline, progress), stage, out or store.root / "runs" / recipe.name)
+
+
+def walk_until(context: Context, stage: str, folder: Path) -> dict[str, Artifact]:
+    """As :func:`run_until`, within a run that has begun. ``folder`` gets what a search finds."""
     made: dict[str, Artifact] = {}
-    for name, artifacts in _walk(context, out or store.root / "runs" / recipe.name):
+    for name, artifacts in _walk(context, folder):
         if STAGES.index(name) > STAGES.index(stage):
             break
         made |= artifacts

@@ -26,7 +26,7 @@ class Context:
     """One run of one recipe.
 
     ``wall_s``: stage -> seconds it took when it was done; ``reused``: all were found done; ``search``: what the search
-    found out, for the report.
+    found out, for the report; ``data``: rows that were made elsewhere, instead of those that the recipe names.
     """
 
     recipe: Recipe
@@ -36,6 +36,7 @@ class Context:
     wall_s: dict[str, float] = field(default_factory=dict)
     reused: bool = True
     search: Mapping[str, Any] | None = None
+    data: Dataset | None = None
 
     def go_on_with(self, recipe: Recipe) -> None:
         """From here on ``recipe``, which differs in student, distill, train and compress.prune at most."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Report, Row, Variant
+from slmops.artifacts import Artifact, Bundle, Checkpoint, Dataset, Draft, Report, Row, Variant
 from slmops.chat import tokenizer_digest
 from slmops.compress import SHOWS_STATES, export_classifier, export_format, export_generator, torch_variant
 from slmops.distill import OpenAITeacher, TeacherFailure, check_answer, redacted, teacher_request
@@ -410,7 +410,13 @@ def formatted(context: Context, who: str, checkpoint: Checkpoint, settings: Form
 
 
 def score_variant(
-    context: Context, who: str, variant: Variant, data: Dataset, *, split: str = "test", most_rows: int | None = None
+    context: Context,
+    who: str,
+    variant: Variant | Bundle,
+    data: Dataset,
+    *,
+    split: str = "test",
+    most_rows: int | None = None,
 ) -> Scores:
     """The answers of ``variant`` to the labelled rows of ``split``, at most ``most_rows`` of them where it is not the
     test split (of that one as many as the recipe says)."""

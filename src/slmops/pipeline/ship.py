@@ -71,7 +71,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     """
     raw = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     with _at(path.parent):
-        _replace_text(path, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
+        replace_text(path, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
 
 
 def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None:
@@ -80,6 +80,19 @@ def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None
     Raises:
         StorageError: the disk would not take them.
         ArtifactError: what stands in the bundle's place is no bundle.
+    """
+    put_bundle(bundle, out)
+    with _at(out):
+        content = {**report.content, "bundle": str(out / "bundle"), "wall_s": context.wall_s}
+        replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
+        replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def put_bundle(bundle: Bundle, out: Path) -> None:
+    """Make ``out/bundle`` a copy of ``bundle``.
+
+    Raises:
+        StorageError, ArtifactError: as :func:`publish`.
     """
     shipped, fresh, old = out / "bundle", out / ".bundle.tmp", out / ".bundle.old"
     with _at(out):
@@ -91,9 +104,6 @@ def publish(context: Context, out: Path, report: Report, bundle: Bundle) -> None
                 shipped.rename(old)
             fresh.rename(shipped)
             shutil.rmtree(old, ignore_errors=True)
-        content = {**report.content, "bundle": str(shipped), "wall_s": context.wall_s}
-        _replace_text(out / "report.html", (report.path / "report.html").read_text("utf-8"))
-        _replace_text(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
@@ -135,7 +145,7 @@ def _licence_texts(folder: Path) -> str:
     return "".join(f"\n{path.read_text('utf-8', errors='replace').rstrip()}\n" for path in found)
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)

@@ -76,6 +76,8 @@ MEANS_KEYS = {
 
 
 def prepare_data(context: Context) -> Dataset:
+    if context.data is not None:
+        return context.data
     recipe = context.recipe
     fetch = _hub(context)
     return context.stage(

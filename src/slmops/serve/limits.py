@@ -44,6 +44,7 @@ KNOWN_PATHS = frozenset(
         "/v1/embeddings",
         "/v1/feedback",
         "/v1/responses",
+        "/v1/rollout",
         "/v1/routing",
     }
 )

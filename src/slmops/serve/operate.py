@@ -27,13 +27,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from slmops.errors import SlmopsError
 from slmops.serve.access import Access
 from slmops.serve.app import create_app
+from slmops.serve.candidate.pair import Pair
+from slmops.serve.candidate.rollout import Rollout
 from slmops.serve.engine import Engine
 from slmops.serve.errors import ApiError
 from slmops.serve.keys import KeyRing
 from slmops.serve.limits import MAX_BODY_BYTES, Limits, log_line, respond_json
 from slmops.serve.metrics import Metrics
 from slmops.serve.recording import Recorder
-from slmops.serve.reload import Loader, ReloadBusyError, Result, Switch, Version
+from slmops.serve.reload import Loader, OnTrialError, ReloadBusyError, Result, Switch, Version
 from slmops.serve.watch import Observer
 
 
@@ -101,6 +103,8 @@ class Operations:
         source = _source(await request.body())
         try:
             await self.switch.reload(source)
+        except OnTrialError as error:
+            raise ApiError(409, str(error), code="on_trial") from None
         except ReloadBusyError as error:
             raise ApiError(409, str(error), code="reload_under_way") from None
         except SlmopsError as error:
@@ -114,6 +118,7 @@ def operate(
     options: ServeOptions,
     *,
     first: tuple[Version, Engine] | None = None,
+    beside: tuple[Rollout, Version, Engine] | None = None,
     observers: Sequence[Observer] = (),
     request_log: Observer = log_line,
     recorder: Recorder | None = None,
@@ -122,6 +127,7 @@ def operate(
     """The whole application over what ``source`` names.
 
     ``first``      the version to begin with, opened already
+    ``beside``     a candidate beside ``first``, and the rollout that decides between them
     ``observers``  are told of every request, beside ``request_log`` and metrics
     ``recorder``   is told of every answer of every version; whoever opened it closes it
     ``extend``     adds paths to each version's application
@@ -132,7 +138,18 @@ def operate(
     keys = None if options.keys is None else KeyRing(options.keys)
     metrics = Metrics()
 
+    pair: Pair | None = None
+
     def build(version: Version, engine: Engine) -> FastAPI:
+        nonlocal pair
+        app = one(version, engine)
+        if beside is None or pair is not None:
+            return app
+        rollout, candidate, its_engine = beside
+        pair = Pair(app, one(candidate, its_engine), rollout)
+        return pair.hosted()
+
+    def one(version: Version, engine: Engine) -> FastAPI:
         app = create_app(
             version.folder,
             name=options.name,
@@ -148,7 +165,10 @@ def operate(
         metrics.reloads.labels(result).inc()
         metrics.now_answers(version.label, options.name)
 
-    switch = Switch(source, load, build, first=first, on_reload=reloaded)
+    def on_trial() -> bool:
+        return pair is not None and pair.running
+
+    switch = Switch(source, load, build, first=first, on_reload=reloaded, held=on_trial)
     metrics.now_answers(switch.current.version.label, options.name)
     metrics.at_hand.set_function(lambda: switch.at_hand)
     gate = Access(Operations(switch, metrics), keys)

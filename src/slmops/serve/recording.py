@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slmops.artifacts.events import Answered, Feedback
 from slmops.serve.errors import ApiError
 from slmops.serve.seen import KINDS, Seen, answers_of
-from slmops.serve.watch import WATCH, Watch
+from slmops.serve.watch import SHADOW, WATCH, Watch
 
 log = logging.getLogger(__name__)
 REQUEST_ID = b"x-request-id"
@@ -87,7 +87,7 @@ class Recording:
         self.recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in KINDS:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in KINDS or SHADOW in scope:
             await self.app(scope, receive, send)
             return
         at, started = time.time(), time.perf_counter()

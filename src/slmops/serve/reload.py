@@ -24,11 +24,10 @@ from slmops.artifacts import Message
 from slmops.errors import ServeError, SlmopsError
 from slmops.runtime.base import GenerationRequest
 from slmops.serve.engine import Engine
-from slmops.serve.watch import watching
+from slmops.serve.watch import short, watching
 
 log = logging.getLogger(__name__)
 PROBE = "Hello, can you help me?"
-LABEL_DIGITS = 12
 
 Result = Literal["switched", "refused"]
 
@@ -38,6 +37,13 @@ class ReloadBusyError(ServeError):
 
     def __init__(self) -> None:
         super().__init__("A reload is under way.", remedy="Wait until it has ended.")
+
+
+class OnTrialError(ServeError):
+    """A candidate is on trial, and another version would end it undecided."""
+
+    def __init__(self) -> None:
+        super().__init__("A candidate is on trial here.", remedy="Wait for its end, or start the server without it.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Version:
     @property
     def label(self) -> str:
         """Short, for metrics and logs."""
-        return self.digest.removeprefix("sha256:")[:LABEL_DIGITS] or "unversioned"
+        return short(self.digest)
 
 
 @dataclass(eq=False)
@@ -80,6 +86,7 @@ class Switch:
     ``load``     opens what is named; raises :class:`SlmopsError` for what must not serve
     ``build``    the application over an engine
     ``on_reload``  told of each attempt
+    ``held``       while it says so, nothing is reloaded
     """
 
     def __init__(
@@ -90,8 +97,9 @@ class Switch:
         *,
         first: tuple[Version, Engine] | None = None,
         on_reload: Callable[[Result, Version], None] = lambda *_: None,
+        held: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._load, self._build, self._on_reload = load, build, on_reload
+        self._load, self._build, self._on_reload, self._held = load, build, on_reload, held
         self._source = source
         version, engine = first or load(source)
         self.current = Generation(version, build(version, engine), engine)
@@ -137,10 +145,13 @@ class Switch:
 
         Raises:
             ReloadBusyError: another reload is under way.
+            OnTrialError: a candidate is on trial.
             SlmopsError: the new version is refused; the old one answers on.
         """
         if self._reloading or self.closing:
             raise ReloadBusyError
+        if self._held():
+            raise OnTrialError
         self._reloading = True
         wanted = source or self._source
         try:

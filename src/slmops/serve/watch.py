@@ -20,6 +20,9 @@ from slmops.runtime.base import Delta
 T = TypeVar("T")
 WATCH = "slmops.watch"
 """Where a scope carries its :class:`Watch`."""
+SHADOW = "slmops.shadow"
+"""In the scope of a request that nobody made: it is answered to compare, and neither counted nor recorded."""
+LABEL_DIGITS = 12
 
 
 @dataclass(slots=True)
@@ -87,6 +90,11 @@ class Observer(Protocol):
 
 
 _current: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+def short(digest: str) -> str:
+    """A version's name in metrics, logs and headers."""
+    return digest.removeprefix("sha256:")[:LABEL_DIGITS] or "unversioned"
 
 
 def watching() -> Watch:

@@ -85,6 +85,29 @@ def _encode(line: str, tokenizer: ChatTokenizer, path: Path, number: int) -> Enc
     return EncodedRow(list(chat.input_ids), list(chat.loss_mask))
 
 
+def general_loss(model_folder: Path, config: ForgettingConfig, max_tokens: int) -> tuple[float, float]:
+    """Mean cross-entropy of a token of the general rows, and the share of tokens foreseen, of a checkpoint.
+
+    Raises:
+        DataError: as :func:`read_general_rows`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = read_general_rows(config, ChatTokenizer.load(model_folder), max_tokens)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    loss, right, tokens = 0.0, 0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids, judged = torch.tensor(row.tokens), torch.tensor(row.supervised[1:])
+            logits = model(ids[None]).logits[0, :-1][judged].float()
+            wanted = ids[1:][judged]
+            loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            right += int((logits.argmax(dim=-1) == wanted).sum())
+            tokens += len(wanted)
+    return loss / tokens, right / tokens
+
+
 def check_forgetting(found: Forgetting, budget: float) -> None:
     """Raises :class:`GateError` where the rise is beyond ``budget``."""
     if found.rise > budget:
