@@ -114,7 +114,7 @@ def test_a_hung_one_is_started_again(server: FoundryServer, monkeypatch: pytest.
 def test_nothing_is_connected_to_but_loopback(folder: Path, python: Path, tmp_path: Path) -> None:
     strace = shutil.which("strace")
     if strace is None:
-        pytest.skip("strace is not installed")
+        skip_or_fail("strace")
     trace = tmp_path / "trace"
     wrapper = tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\nexec {strace} -f -qq -e trace=connect,sendto,sendmsg -o {trace} {python} "$@"\n')
