@@ -112,8 +112,8 @@ class Engine:
         engine: str | None = None,
         router: Router | None = None,
     ) -> Engine:
-        """Load the model folder with the engine of that name; None takes the first of
-        :func:`slmops.runtime.engines.engines_of` that takes it. Errors as :func:`slmops.runtime.engines.open_engine`."""
+        """Load the model folder with the engine of that name; None: with the first of
+        :func:`slmops.runtime.engines.engines_of` that takes it. Errors as there :func:`open_engine`."""
         description = ModelDescription.read(folder)
         if description.form == "classifier":
             classifier = open_classifier(folder, threads=threads)
