@@ -76,9 +76,7 @@ def test_sixty_four_callers_get_their_own_answers(server: str, folder: Path) -> 
     assert httpx.get(f"{server}/health").json()["at_hand"] == 0
 
 
-def test_a_caller_that_goes_away_leaves_the_batch(
-    server: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caller_that_goes_away_leaves_the_batch(server: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     model = engine.model
     assert isinstance(model, BatchGenerator)
     step = model.step
