@@ -3,9 +3,9 @@
 The model is SmolLM2-135M as trained here (:mod:`benchmarks.trained`). Accuracy: the share of held-out messages whose
 intent, end of the answer included, is the greedy answer. Perplexity: of held-out answers in a paragraph. All forms read
 the same rows in their own engine, as they are served. ``ours`` is 4 bits by GPTQ in blocks of 32 (``compress.quantize:
-gptq``); told beside are ``compress.precisions: int4`` (k_quant), AWQ, and a mixture under the size limit of 29.5 % of
-fp16 in which 8 bits are where rounding was measured to cost most. Bytes are those of the files that hold weights, for
-GGUF with its vocabulary. Forms and scores are kept in the store: a second run measures what is missing.
+gptq``); told beside are k_quant, AWQ, and a mixture under the size limit of 29.5 % of fp16 in which 8 bits are where
+rounding was measured to cost most. Bytes are those of the files that hold weights, for GGUF with its vocabulary. Forms
+and scores are kept in the store: a second run measures what is missing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OURS: dict[str, dict[str, Any]] = {
     "int4 awq": {"algorithm": "awq"},
 }
 MIXED, JUDGED = "int4 gptq, mixed", "int4 gptq"
-OTHERS = ("int4 k_quant", MIXED, "int4 awq")
+OTHERS = ("int4 k_quant", "int4 k_quant with zeros", MIXED, "int4 awq")
 QUICK = ("fp16", "builder int4", "int4 k_quant")
 
 

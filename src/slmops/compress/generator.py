@@ -3,7 +3,7 @@
 The graph is made by onnxruntime-genai's own builder in a child process, without a network and with its prints in a log
 file. Precisions: fp32; fp16 (weights stored in half precision, sums and cache in fp32: the builder's own fp16 graphs do
 not run on a CPU); int8 and int4 (weights in blocks of 32 with a scale each, activations in 8 bits inside the kernels,
-the rest fp32). int4 is made of the builder's fp32 graph, with scales that are searched
+the rest fp32). int4 is made of the builder's fp32 graph, with the same codes and scales in half precision
 (:mod:`slmops.compress.quantize`). The builder leaves the embeddings of an int8 model in fp32, for a model of 135 M
 parameters almost half of the file; here they become 8 bits too, and one matrix with the output layer where the model
 ties the two.

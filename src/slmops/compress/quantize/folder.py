@@ -68,17 +68,17 @@ def quantize_folder(
 
 
 def in_four_bits(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` in 4 bits without calibration, by the algorithm that lost least of those; blocks of 32, or of 16 where
-    rows of embeddings are read whose width 32 does not divide (where neither does, these stay wide)."""
+    """``model`` in 4 bits without calibration: to the nearest, as the builder does it, with scales in half precision;
+    blocks of 32, or of 16 where rows of embeddings are read whose width 32 does not divide (where neither does, these
+    stay wide)."""
     from slmops.compress.quantize.graph import matrices_of, with_codes
-    from slmops.compress.quantize.rounding import k_quant
-    from slmops.models.grid import Grid
+    from slmops.models.grid import Grid, nearest
 
     codes = {}
     for matrix in matrices_of(model):
         block_size = next((size for size in DEFAULT_BLOCKS if not matrix.reads or matrix.width % size == 0), None)
         if block_size is not None:
-            codes[matrix.name] = k_quant(matrix.of(model), Grid(4, block_size))
+            codes[matrix.name] = nearest(matrix.of(model), Grid(4, block_size))
     return with_codes(model, codes)
 
 
