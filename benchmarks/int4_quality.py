@@ -48,10 +48,11 @@ OURS: dict[str, dict[str, Any]] = {
     "int4 k_quant": {"algorithm": "k_quant"},
     "int4 k_quant with zeros": {"algorithm": "k_quant", "symmetric": False},
     "int4 gptq": {"algorithm": "gptq"},
+    "int4 gptq, blocks of 64": {"algorithm": "gptq", "block_size": 64},
     "int4 awq": {"algorithm": "awq"},
 }
 MIXED, JUDGED = "int4 gptq, mixed", "int4 gptq"
-OTHERS = ("int4 k_quant", "int4 k_quant with zeros", MIXED, "int4 awq")
+OTHERS = ("int4 k_quant", "int4 k_quant with zeros", "int4 gptq, blocks of 64", "int4 awq", MIXED)
 QUICK = ("fp16", "builder int4", "int4 k_quant")
 
 
