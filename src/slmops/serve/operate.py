@@ -90,7 +90,7 @@ class Operations:
                 await self.switch(scope, receive, send)
 
     async def _ready(self, send: Send) -> None:
-        ready = not self.switch.closing and not self.switch.current.engine.closed
+        ready = not self.switch.closing and self.switch.current.engine.ready
         await respond_json(200 if ready else 503, {"ready": ready, "at_hand": self.switch.at_hand}, send)
 
     async def _metrics(self, request: Request, send: Send) -> None:
