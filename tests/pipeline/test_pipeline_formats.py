@@ -195,7 +195,7 @@ def test_what_is_missing_is_told_before_anything_is_trained(
         with Store.open(tmp_path / "store") as store:
             run_recipe(chats(compress=compress), store)
 
-    with pytest.raises(RecipeError, match=r"compress\.choose is int4.*or formats"):
+    with pytest.raises(RecipeError, match=r"compress\.choose is int4.*formats or quantize"):
         run(choose="int4")
     with pytest.raises(RecipeError, match="no adapter is left"):
         run(formats=["onnx-adapters"])

@@ -192,8 +192,8 @@ def test_a_key_that_is_not_set(place: Place, tmp_path: Path, monkeypatch: pytest
 def test_a_chosen_precision_that_is_not_made(place: Place, tmp_path: Path) -> None:
     error = refused(place, tmp_path, RecipeError, compress={"choose": "int4"})
     assert str(error) == (
-        "compress.choose is int4, which is not among compress.precisions or formats. Add it there, or choose one of "
-        "fp32, int8."
+        "compress.choose is int4, which is not among compress.precisions, formats or quantize. Add it there, or "
+        "choose one of fp32, int8."
     )
 
 

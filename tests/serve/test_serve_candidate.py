@@ -420,7 +420,7 @@ def test_a_server_that_is_killed_picks_up_where_it_was(versions: tuple[Variant, 
 
 
 def test_wrong_use_is_told(versions: tuple[Variant, Variant], tmp_path: Path) -> None:
-    from slmops.cli.serve import read_policy
+    from slmops.cli.candidate import read_policy
 
     (tmp_path / "bad.yaml").write_text("alhpa: 1")
     with pytest.raises(UsageError, match="Unknown key alhpa"):

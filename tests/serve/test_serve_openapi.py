@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 PATHS = {
-    "/health", "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/v1/responses",
-    "/v1/embeddings", "/v1/classify",
+    "/health", "/health/live", "/health/ready", "/v1/models", "/v1/models/{model}", "/v1/chat/completions",
+    "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/classify", "/v1/feedback",
 }  # fmt: skip
 BOUNDED = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

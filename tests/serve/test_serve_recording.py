@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,9 +22,10 @@ from slmops.errors import StorageError
 from slmops.runtime.description import ModelDescription
 from slmops.serve.app import create_app
 from slmops.serve.engine import Engine
-from slmops.serve.recording import WATCH, Recording
+from slmops.serve.recording import Recording
 from slmops.serve.seen import Seen, answers_of
 from slmops.serve.server import background
+from slmops.serve.watch import WATCH, Watch
 
 
 class Notebook:
@@ -223,7 +223,7 @@ def test_feedback_that_says_nothing_or_too_much(labels: str, body: dict[str, Any
 def test_without_a_recorder_feedback_says_so(label_folder: Path) -> None:
     with background(create_app(label_folder, name="intents")) as url:
         response = httpx.post(f"{url}/v1/feedback", json={"id": "x", "score": 1})
-    assert (response.status_code, response.json()["error"]["code"]) == (501, "not_recording")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_recording")
 
 
 def test_the_recorder_is_left_open_by_the_application(label_folder: Path, notebook: Notebook) -> None:
@@ -247,7 +247,7 @@ def test_a_layer_further_out_gives_its_id_and_what_it_knows(notebook: Notebook) 
     async def keep(message: Any) -> None:
         heads.extend(message.get("headers", ()))
 
-    watch = SimpleNamespace(id="outer", version="new", adapter="a", prompt_tokens=4, completion_tokens=0)
+    watch = Watch(id="outer", digest="new", adapter="a", prompt_tokens=4)
     scope = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], WATCH: watch}
     asyncio.run(Recording(inner, recorder=notebook)(scope, _nothing, keep))
     (told,) = notebook.answers()

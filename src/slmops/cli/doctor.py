@@ -37,7 +37,7 @@ FAST_FLAGS = {
 
 VERBS = {
     "": ("doctor", "verify", "chat", "bench", "deploy"),
-    "serve": ("serve", "keys", "validate"),
+    "serve": ("serve", "keys", "validate", "monitor", "feedback"),
     "train": (
         "init",
         "data",
@@ -46,6 +46,7 @@ VERBS = {
         "adapters",
         "compress",
         "evaluate",
+        "improve",
         "trace",
         "run",
         "demo",

@@ -114,7 +114,7 @@ class TransformersModel:
     def _generate(self, requests: Sequence[dict[str, Any]], **options: Any) -> tuple[int, list[list[int]]]:
         """Tokens of the longest prompt, and of each answer."""
         encoded = self._tokenizer.apply_chat_template(
-            [request["messages"] for request in requests],
+            [_turns(request) for request in requests],
             add_generation_prompt=True,
             tokenize=True,
             padding=True,
@@ -177,7 +177,7 @@ class LlamaCppModel:
             return False
 
         body = {
-            "messages": request["messages"],
+            "messages": _turns(request),
             "max_tokens": request["max_tokens"],
             "temperature": 0,
             "stream": True,  # without it this version of xllamacpp asks for a callback all the same
@@ -226,3 +226,8 @@ def open_peer(job: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     probe.main(sys.argv[1:], open_peer)
+
+
+def _turns(request: dict[str, Any]) -> list[dict[str, str]]:
+    """Role and text alone: other programs take a key without a value for a fault."""
+    return [{"role": one["role"], "content": one["content"]} for one in request["messages"]]

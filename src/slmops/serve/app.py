@@ -42,6 +42,7 @@ from slmops.serve.openapi import (
     Completion,
     Embeddings,
     Health,
+    Live,
     Model,
     Models,
     ResponseObject,
@@ -123,11 +124,11 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         return service.health()
 
-    @app.get("/health/live")
+    @app.get("/health/live", responses=answers_with(Live))
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", responses=answers_with(Health, 503))
     async def ready() -> Response:
         return service.health()
 

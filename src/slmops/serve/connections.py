@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -63,14 +64,14 @@ class Guarded(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self._answering:
-            self._silent_since_s = self.loop.time()  # uvicorn's own timer ends it, unless it begins to send
+            self._silent_since_s = time.monotonic()  # uvicorn's own timer ends it, unless it begins to send
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait_for_head(self) -> None:
-        self._silent_since_s = self.loop.time()
+        self._silent_since_s = time.monotonic()  # a loop's own clock may stand still for a millisecond
         self._head_timer = self.loop.call_later(self.head_limit_s, self._close)
 
     def _stop_waiting(self) -> None:

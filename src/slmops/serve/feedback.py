@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from slmops.artifacts.events import Feedback
 from slmops.errors import SlmopsError
 from slmops.serve.errors import ApiError
+from slmops.serve.openapi import FeedbackTaken, answers_with
 from slmops.serve.recording import Recorder
 from slmops.serve.requests import Body
 
@@ -43,11 +44,11 @@ class FeedbackRequest(Body):
 def add_feedback(app: FastAPI, recorder: Recorder | None) -> None:
     """The path, which says so where nothing is recorded."""
 
-    @app.post("/v1/feedback")
+    @app.post("/v1/feedback", responses=answers_with(FeedbackTaken, 400, 404, 413, 503))
     async def feedback(body: FeedbackRequest) -> dict[str, Any]:
         if recorder is None:
             raise ApiError(
-                501, "This server records nothing, so there is no answer to give feedback on.", code="not_recording"
+                404, "This server records nothing, so there is no answer to give feedback on.", code="not_recording"
             )
         given = Feedback(body.id, time.time(), body.score, body.correction or None, body.comment or None, body.user)
         try:

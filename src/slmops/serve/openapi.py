@@ -229,6 +229,17 @@ class Classified(_Told):
     answered_by: Literal["teacher"] | None = None
 
 
+class FeedbackTaken(_Told):
+    """``id``: of the answer that was spoken of."""
+
+    object: Literal["feedback"]
+    id: str
+
+
+class Live(_Told):
+    live: bool
+
+
 class Routing(_Told):
     """How much went to the teacher, and what that costs."""
 
@@ -266,7 +277,7 @@ _EVENT = {
 
 _WHAT = {
     400: "The request is not understood, or asks for what this model cannot do.",
-    404: "There is no such model.",
+    404: "There is no such thing here.",
     413: "The body is too large.",
     429: "Too much is at hand: come again after Retry-After.",
     500: "A fault of the server.",
