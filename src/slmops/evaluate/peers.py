@@ -224,10 +224,10 @@ def open_peer(job: dict[str, Any]) -> Any:
     return PeerTurns(kind(job["path"], threads), job["requests"])
 
 
-if __name__ == "__main__":
-    probe.main(sys.argv[1:], open_peer)
-
-
 def _turns(request: dict[str, Any]) -> list[dict[str, str]]:
     """Role and text alone: other programs take a key without a value for a fault."""
     return [{"role": one["role"], "content": one["content"]} for one in request["messages"]]
+
+
+if __name__ == "__main__":
+    probe.main(sys.argv[1:], open_peer)
