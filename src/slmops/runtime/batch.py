@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer, Tools
+from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, Generator, TextScore
-from slmops.runtime.careful import ABILITIES, Careful, needs_care
+from slmops.runtime.base import Delta, Generation, GenerationRequest, Generator, TextScore
+from slmops.runtime.careful import Careful, needs_care
 from slmops.runtime.description import ModelDescription
+from slmops.runtime.prompted import Prompted
 
 Piece = Delta | Exception
 Listener = Callable[[Piece], None]
@@ -80,7 +81,7 @@ class BatchedStream(Iterator[Delta]):
         return self._pieces.get()
 
 
-class BatchGenerator(ABC):
+class BatchGenerator(Prompted):
     """A generator whose answers share the model's steps; see the module. Engines fill in the last four methods."""
 
     def __init__(
@@ -119,27 +120,9 @@ class BatchGenerator(ABC):
         """Answers at hand."""
         return len(self._running)
 
-    @property
-    def chat(self) -> ChatTokenizer:
-        """Tokenizer and template of the model."""
-        return self._chat
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """What it can do beside writing text."""
-        return ABILITIES
-
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages, tools))
-
     def embed(self, texts: Sequence[str]) -> Any:
         """As the engine for one answer at a time does: mean states ``[len(texts), width]``, and the tokens read."""
         return self._careful.embed(texts)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
-        return self._chat.encode(text)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answers in the order of ``requests``, all of them in the batch at once.
@@ -149,15 +132,6 @@ class BatchGenerator(ABC):
         """
         streams = [self.stream(request) for request in requests]
         return [_whole(stream) for stream in streams]
-
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """One answer, piece by piece; the last piece has the finish reason and the counts. A
-        :class:`BatchedStream`, but for an answer that the batch leaves to :class:`~slmops.runtime.careful.Careful`.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-        """
-        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

@@ -10,11 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from slmops.runtime.base import Ability, Delta, GenerationRequest, Generator
+from slmops.runtime.base import Delta, GenerationRequest, Generator
 
 T = TypeVar("T")
-ABILITIES: frozenset[Ability] = frozenset({"json_schema", "grammar", "logprobs", "tools"})
-"""What those engines can do beside writing text; a batch has them by :class:`Careful`."""
 
 
 def needs_care(request: GenerationRequest) -> bool:

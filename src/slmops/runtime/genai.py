@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer, Tools
+from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError
 from slmops.runtime.base import (
-    Ability,
     Delta,
     FinishReason,
     Generation,
@@ -34,6 +33,7 @@ from slmops.runtime.base import (
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDescription
 from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import log_likelihood
 from slmops.runtime.stops import StopScanner
 
@@ -44,7 +44,7 @@ MAX_BATCH = 8
 """Rows of one static batch: on two cores 8 give twice the tokens per second of 1, and the cache grows with each."""
 
 
-class GenaiGenerator:
+class GenaiGenerator(Prompted):
     """See the module. One instance may be used from one thread at a time."""
 
     def __init__(
@@ -86,23 +86,6 @@ class GenaiGenerator:
         """Prompt and answer together may have so many tokens."""
         return self._context_tokens
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
-
-    @property
-    def chat(self) -> ChatTokenizer:
-        """Tokenizer and template of the model."""
-        return self._chat
-
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages, tools))
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
-        return self._chat.encode(text)
-
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answers in the order of ``requests``. Greedy requests share batches of up to :data:`MAX_BATCH` rows of like
         length; sampled ones run alone, so that each keeps its seed.
@@ -127,15 +110,6 @@ class GenaiGenerator:
             answers = self._answers([prompts[row] for row in rows], [requests[row] for row in rows])
             results.update(zip(rows, answers, strict=True))
         return [results[row] for row in range(len(requests))]
-
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """One answer, piece by piece; the last piece has the finish reason and the counts. Closing the iterator stops
-        the work after the token at hand.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-        """
-        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

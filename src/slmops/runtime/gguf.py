@@ -28,14 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer, Tools
+from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, MissingExtraError, ModelError
 from slmops.models.gguf_file import check_gguf
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, TextScore
+from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import draw, log_softmax
 
 GGUF_NAME = "model.gguf"
@@ -46,7 +47,7 @@ FORCED = 1e6
 before the bias."""
 
 
-class GgufGenerator:
+class GgufGenerator(Prompted):
     """See the module. One instance may be used from one thread at a time."""
 
     def __init__(
@@ -92,23 +93,6 @@ class GgufGenerator:
         """Prompt and answer together may have so many tokens."""
         return self._context_tokens
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
-
-    @property
-    def chat(self) -> ChatTokenizer:
-        """Tokenizer and template of the model."""
-        return self._chat
-
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages, tools))
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
-        return self._chat.encode(text)
-
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answers in the order of ``requests``, one after the other.
 
@@ -131,15 +115,6 @@ class GgufGenerator:
             reason = answer.finish_reason or "length"
             answers.append(Generation("".join(text), reason, len(answer.prompt), answer.tokens, logprob))
         return answers
-
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """One answer, piece by piece; the last piece has the finish reason and the counts. Closing the iterator stops
-        the work after the token at hand.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-        """
-        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer, Tools
+from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError, ServeError
 from slmops.models.gguf_file import check_gguf
-from slmops.runtime.base import Ability, Delta, FinishReason, Generation, GenerationRequest, TextScore
-from slmops.runtime.careful import ABILITIES, Careful, needs_care
+from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
+from slmops.runtime.careful import Careful, needs_care
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.gguf import GGUF_NAME, GgufGenerator, open_server
+from slmops.runtime.prompted import Prompted
 from slmops.runtime.side_by_side import called_back
 from slmops.runtime.stops import StopScanner
 
@@ -33,7 +34,7 @@ SLOTS = 4
 Chunk = Mapping[str, Any]
 
 
-class GgufSlots:
+class GgufSlots(Prompted):
     """See the module. :attr:`at_once` threads may use it at the same time."""
 
     at_once = SLOTS
@@ -65,27 +66,9 @@ class GgufSlots:
         """Prompt and answer together may have so many tokens."""
         return self.description.max_tokens
 
-    @property
-    def chat(self) -> ChatTokenizer:
-        """Tokenizer and template of the model."""
-        return self._chat
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """What it can do beside writing text."""
-        return ABILITIES
-
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
-        """Tokens of the prompt, template and functions included."""
-        return len(self._chat.encode_prompt(messages, tools))
-
     def embed(self, texts: Sequence[str]) -> Any:
         """As the engine for one answer at a time does: mean states ``[len(texts), width]``, and the tokens read."""
         return self._careful.embed(texts)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
-        return self._chat.encode(text)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answers in the order of ``requests``, as many at once as there are slots.
@@ -95,15 +78,6 @@ class GgufSlots:
         """
         with ThreadPoolExecutor(self.at_once) as threads:
             return list(threads.map(lambda request: whole(self.stream(request)), requests))
-
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """One answer, piece by piece; the last piece has the finish reason and the counts. Closing the iterator frees
-        the slot after the token at hand.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-        """
-        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slmops.artifacts import Message
-from slmops.chat import ChatTokenizer, Tools
+from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, MissingExtraError, ModelError
 from slmops.runtime.answer import Answer
-from slmops.runtime.base import Ability, Delta, Generation, GenerationRequest, TextScore
+from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
 from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
 from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import draw, log_likelihood, log_softmax
 
 GRAPH_NAME = "openvino_model.xml"
@@ -39,7 +40,7 @@ EXACT = {
 }
 
 
-class OpenvinoGenerator:
+class OpenvinoGenerator(Prompted):
     """See the module. One instance may be used from one thread at a time."""
 
     def __init__(self, request: Any, chat: ChatTokenizer, description: ModelDescription) -> None:
@@ -78,23 +79,6 @@ class OpenvinoGenerator:
         """Prompt and answer together may have so many tokens."""
         return self.description.max_tokens
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"json_schema", "grammar", "logprobs", "tools"})
-
-    @property
-    def chat(self) -> ChatTokenizer:
-        """Tokenizer and template of the model."""
-        return self._chat
-
-    def count_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> int:
-        """Tokens of the prompt, template included."""
-        return len(self._chat.encode_prompt(messages, tools))
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, for :meth:`stream_ids`: no template, only what the tokenizer itself adds."""
-        return self._chat.encode(text)
-
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answers in the order of ``requests``, one after the other.
 
@@ -115,15 +99,6 @@ class OpenvinoGenerator:
             reason = answer.finish_reason or "length"
             answers.append(Generation("".join(text), reason, len(answer.prompt), answer.tokens, logprob))
         return answers
-
-    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """One answer, piece by piece; the last piece has the finish reason and the counts. Closing the iterator stops
-        the work after the token at hand.
-
-        Raises:
-            ContextLengthError: the prompt leaves no room for an answer.
-        """
-        return self.stream_ids(self._chat.encode_prompt(request.messages, request.tools), request)
 
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
