@@ -38,6 +38,10 @@ class Answer:
             self.finish_reason = "length"
         return text
 
+    def ends(self, token: int) -> bool:
+        """Whether this token closes an answer, and is no text of it."""
+        return token in self._end_ids
+
     def end(self) -> None:
         """Nothing more may follow: a constraint is fulfilled."""
         self.finish_reason = self.finish_reason or "stop"

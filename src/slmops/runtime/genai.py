@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError
+from slmops.runtime.answer import Answer
 from slmops.runtime.base import (
     Delta,
-    FinishReason,
     Generation,
     GenerationRequest,
     States,
@@ -35,7 +35,6 @@ from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDes
 from slmops.runtime.guide import Guide, guide_of, masked
 from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import log_likelihood
-from slmops.runtime.stops import StopScanner
 
 CONFIG_FILE = "genai_config.json"
 STATES = "hidden_states"
@@ -170,23 +169,23 @@ class GenaiGenerator(Prompted):
                 text.append(answer.push(int(token)))
         return [
             Generation(
-                "".join(text) + answer.finish(), answer.finish_reason or "length", answer.prompt_tokens, answer.tokens
+                "".join(text) + answer.finish(), answer.finish_reason or "length", len(answer.prompt), answer.tokens
             )
             for text, answer in zip(texts, answers, strict=True)
         ]
 
-    def _start(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> tuple[Any, list[_Answer]]:
+    def _start(self, prompts: list[list[int]], requests: list[GenerationRequest]) -> tuple[Any, list[Answer]]:
         """A generator that has read the prompts, and one answer a row to be filled."""
         for prompt in prompts:
             self._check_room(len(prompt) + 1, len(prompt))
         longest = max(map(len, prompts))
         answers = [
-            _Answer(
-                len(prompt),
+            Answer(
+                prompt,
                 min(request.max_tokens, self._context_tokens - longest),
                 self._end_ids,
-                self._chat.stream_decoder(),
-                StopScanner(request.stop),
+                self._chat,
+                request.stop,
             )
             for prompt, request in zip(prompts, requests, strict=True)
         ]
@@ -270,47 +269,6 @@ class GenaiGenerator(Prompted):
             raise ContextLengthError(prompt_tokens, self._context_tokens)
 
 
-class _Answer:
-    """One row of a running batch: tokens in, text out, and why it ended. Does no inference."""
-
-    def __init__(
-        self, prompt_tokens: int, max_tokens: int, end_ids: frozenset[int], decoder: Any, scanner: StopScanner
-    ) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.max_tokens = max_tokens
-        self.tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self._end_ids = end_ids
-        self._decoder = decoder
-        self._scanner = scanner
-
-    def push(self, token: int) -> str:
-        """Text that this token makes certain. Tokens after the end are ignored."""
-        if self.finish_reason:
-            return ""
-        if token in self._end_ids:
-            self.finish_reason = "stop"
-            return ""
-        self.tokens += 1
-        text = self._scanner.push(self._decoder.push(token))
-        if self._scanner.stopped:
-            self.finish_reason = "stop"
-        elif self.tokens >= self.max_tokens:
-            self.finish_reason = "length"
-        return text
-
-    def ends(self, token: int) -> bool:
-        """Whether this token closes an answer, and is no text of it."""
-        return token in self._end_ids
-
-    def finish(self) -> str:
-        """Text that was held back: half a character, or what might have become a stop text."""
-        text = self._scanner.push(self._decoder.flush()) + self._scanner.flush()
-        if self._scanner.stopped:
-            self.finish_reason = "stop"
-        return text
-
-
 def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) -> list[list[int]]:
     """Rows grouped by like prompt length, at most :data:`MAX_BATCH` together.
 
@@ -330,7 +288,7 @@ def greedy_batches(sizes: Mapping[int, tuple[int, int]], context_tokens: int) ->
     return batches
 
 
-def _stream(generator: Any, answer: _Answer, guide: Guide | None) -> Iterator[Delta]:
+def _stream(generator: Any, answer: Answer, guide: Guide | None) -> Iterator[Delta]:
     while not answer.finish_reason and not generator.is_done():
         if guide:
             _show(generator, guide)
@@ -345,7 +303,7 @@ def _stream(generator: Any, answer: _Answer, guide: Guide | None) -> Iterator[De
             yield Delta(text, tokens=guide.flush() if guide else ())
     rest = answer.finish()
     tokens = guide.flush() if guide else ()
-    yield Delta(rest, answer.finish_reason or "length", answer.prompt_tokens, answer.tokens, tokens)
+    yield Delta(rest, answer.finish_reason or "length", len(answer.prompt), answer.tokens, tokens)
 
 
 def _show(generator: Any, guide: Guide) -> None:
