@@ -73,16 +73,7 @@ class GgufGenerator(Prompted):
             ModelError: the folder holds another kind of model.
         """
         folder = Path(path)
-        description = ModelDescription.read(folder)
-        if (description.runtime, description.form) != ("llama.cpp", "generator"):
-            raise ModelError(
-                f"{folder} holds a {description.form} for {description.runtime}, not a generator for llama.cpp.",
-                remedy="Name a variant that was exported with the format gguf.",
-            )
-        file = folder / GGUF_NAME
-        if not file.is_file():
-            raise CorruptArtifactError(f"{file} is missing.", remedy="Fetch the bundle anew, or run again.")
-        check_gguf(file)
+        file, description = checked_file(folder)
         chat = ChatTokenizer.load(folder)
         key = secrets.token_urlsafe(32)
         server = open_server(file, description, threads, key)
@@ -335,6 +326,27 @@ def sampling(request: GenerationRequest, step: int) -> dict[str, Any]:
     if request.seed is not None:
         options["seed"] = (request.seed + step * SEED_STEP) % 2**32
     return options
+
+
+def checked_file(folder: Path) -> tuple[Path, ModelDescription]:
+    """The GGUF file in the model folder, and what the folder says of it.
+
+    Raises:
+        ModelNotFoundError: not a model folder.
+        CorruptArtifactError: the file is missing or damaged.
+        ModelError: the folder holds another kind of model.
+    """
+    description = ModelDescription.read(folder)
+    if (description.runtime, description.form) != ("llama.cpp", "generator"):
+        raise ModelError(
+            f"{folder} holds a {description.form} for {description.runtime}, not a generator for llama.cpp.",
+            remedy="Name a variant that was exported with the format gguf.",
+        )
+    file = folder / GGUF_NAME
+    if not file.is_file():
+        raise CorruptArtifactError(f"{file} is missing.", remedy="Fetch the bundle anew, or run again.")
+    check_gguf(file)
+    return file, description
 
 
 def told(reply: Mapping[str, Any]) -> list[tuple[int, float]]:

@@ -19,12 +19,11 @@ from typing import Any
 
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer
-from slmops.errors import ContextLengthError, CorruptArtifactError, ModelError, ServeError
-from slmops.models.gguf_file import check_gguf
+from slmops.errors import ContextLengthError, ServeError
 from slmops.runtime.base import Delta, FinishReason, Generation, GenerationRequest, TextScore
 from slmops.runtime.careful import Careful, needs_care
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.gguf import GGUF_NAME, GgufGenerator, open_server
+from slmops.runtime.gguf import GgufGenerator, checked_file, open_server
 from slmops.runtime.prompted import Prompted
 from slmops.runtime.side_by_side import called_back
 from slmops.runtime.stops import StopScanner
@@ -47,16 +46,7 @@ class GgufSlots(Prompted):
     def load(cls, path: Path | str, *, threads: int | None = None) -> GgufSlots:
         """Open the model folder at ``path``; errors as :meth:`slmops.runtime.gguf.GgufGenerator.load`."""
         folder = Path(path)
-        description = ModelDescription.read(folder)
-        file = folder / GGUF_NAME
-        if (description.runtime, description.form) != ("llama.cpp", "generator"):
-            raise ModelError(
-                f"{folder} holds a {description.form} for {description.runtime}, not a generator for llama.cpp.",
-                remedy="Name a variant that was exported with the format gguf.",
-            )
-        if not file.is_file():
-            raise CorruptArtifactError(f"{file} is missing.", remedy="Fetch the bundle anew, or run again.")
-        check_gguf(file)
+        file, description = checked_file(folder)
         chat = ChatTokenizer.load(folder)
         server = open_server(file, description, threads, secrets.token_urlsafe(32), slots=SLOTS)
         return cls(server, chat, description, Careful(lambda: GgufGenerator.load(folder, threads=threads)))
