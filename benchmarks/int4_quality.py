@@ -31,7 +31,7 @@ from slmops.evaluate.significance import paired_bootstrap
 from slmops.recipe import CalibrationConfig, QuantizeConfig
 from slmops.runtime import open_generator
 
-ANSWERS, INTENTS = 24, 200
+ANSWERS, INTENTS = 24, 1000
 QUICK_ANSWERS, QUICK_INTENTS = 2, 6
 MAX_TOKENS = 320
 CALIBRATION_ROWS = 128

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fakes.tiny_models import write_tiny_classifier, write_tiny_generator, write_tiny_llama
+from skipping import skip_or_fail
 from slmops.errors import DataError, ModelError, ModelNotFoundError, UsageError
 from slmops.evaluate.bench import BenchSettings, Subject, bench, percentiles, read_bench, size_bytes, table_rows
 from slmops.evaluate.bench_html import render_bench, spread
@@ -21,6 +22,7 @@ from slmops.evaluate.measure import DoesNotFitError
 from slmops.evaluate.peers import parse_peer, peers_here
 from slmops.hardware import device_profile
 from slmops.progress import Progress
+from slmops.runtime.foundry import find_foundry
 
 SMALL = BenchSettings(requests=5, max_tokens=8, at_once=(1, 3), lengths=(300, 8, 32), limit_s=2.0)
 
@@ -140,9 +142,31 @@ def test_peers_are_named_before_anything_runs(models: Path, monkeypatch: pytest.
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         parse_peer("transformers=nowhere")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("slmops.runtime.foundry.environment_folder", lambda: models / "nowhere")
+    monkeypatch.delenv("SLMOPS_FOUNDRY_PYTHON", raising=False)
+    with pytest.raises(UsageError, match="Foundry Local is not installed"):
+        parse_peer(f"foundry-local={models / 'writer'}")
     with pytest.raises(UsageError, match=r"llama\.cpp is not installed"):
         parse_peer("llama.cpp=x.gguf")
     assert set(peers_here().values()) == {None}
+
+
+def test_foundry_local_beside_it_and_its_own_process_is_counted(models: Path) -> None:
+    try:
+        find_foundry()
+    except UsageError:
+        skip_or_fail("Foundry Local is not installed (slmops deploy foundry --install)")
+    settings = BenchSettings(requests=3, max_tokens=4, at_once=(1, 2), lengths=(8,), limit_s=60.0)
+    theirs, ours = bench(
+        [Subject("theirs", models / "writer", engine="foundry-local"), Subject("ours", models / "writer")], settings
+    )["models"]
+    assert theirs["engine"] == "foundry-local"
+    assert theirs["tokens_per_s"] > 0
+    assert [entry["tokens_per_s"] > 0 for entry in theirs["at_once"]] == [True, True]
+    assert theirs["size_bytes"] == ours["size_bytes"]
+    # Python with httpx alone, as in the process that asks, stays below this; the runtime's process does not.
+    assert theirs["memory"]["peak_bytes_single"] > 60e6
+    assert theirs["cpu_percent"] > 1
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ Examples:
 
   slmops bench bundle --peer llama.cpp=model.gguf      another engine beside it
 
+  slmops bench bundle --peer foundry-local=bundle      the same files in Foundry Local
+
   slmops bench --compare here.json pi.json             two reports side by side
 """
 
@@ -47,7 +49,10 @@ def bench(
     cores: Annotated[int | None, typer.Option(min=1, help="Cores that the measured process may use.")] = None,
     memory_mb: Annotated[float | None, typer.Option(min=1, help="Memory that it may take.")] = None,
     peers: Annotated[
-        list[str] | None, typer.Option("--peer", metavar="NAME=PATH", help="transformers=FOLDER or llama.cpp=FILE.gguf")
+        list[str] | None,
+        typer.Option(
+            "--peer", metavar="NAME=PATH", help="transformers=FOLDER, llama.cpp=FILE.gguf or foundry-local=BUNDLE."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less work, for a look.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report on standard output.")] = False,
@@ -136,7 +141,7 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 def subjects_of(models: Sequence[Path], peers: Sequence[str]) -> list[Subject]:
     """What is measured, each with a name of its own."""
     from slmops.evaluate.bench import Subject
-    from slmops.evaluate.peers import parse_peer
+    from slmops.evaluate.peers import FOUNDRY, parse_peer
     from slmops.package.resolve import artifact_around, resolve_model_folder
     from slmops.runtime.description import ModelDescription
 
@@ -149,6 +154,8 @@ def subjects_of(models: Sequence[Path], peers: Sequence[str]) -> list[Subject]:
         found.append(Subject(unlike(name, found), folder, digest=artifact.digest if artifact else ""))
     for text in peers:
         engine, path = parse_peer(text)
+        if engine == FOUNDRY:
+            path = resolve_model_folder(path)
         found.append(Subject(unlike(engine, found), path, engine=engine))
     return found
 

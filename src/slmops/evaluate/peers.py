@@ -5,8 +5,8 @@ at most. Each is optional and imported when it is opened:
 
     transformers  a folder of transformers, fp32 on the CPU
     llama.cpp     a GGUF file, through xllamacpp; prompts are not kept between requests, as with the others
-
-Foundry Local is only looked for (:func:`peers_here`): it serves models of a catalog of its own.
+    foundry-local a model folder of ours (``onnx-genai``), in Foundry Local's own process on loopback, whose memory and
+                  processor time are what is counted
 """
 
 from __future__ import annotations
@@ -24,33 +24,31 @@ from typing import Any
 
 from slmops.errors import ModelNotFoundError, UsageError
 from slmops.evaluate import probe
+from slmops.runtime.foundry import find_foundry, foundry_version
+from slmops.runtime.upstream import UpstreamGenerator
 
 PEERS: dict[str, tuple[str, str]] = {
     "transformers": ("transformers", "slmops[train]"),
     "llama.cpp": ("xllamacpp", "xllamacpp"),
 }
 """Name -> module, and what to install for it."""
-FOUNDRY_MODULES = ("foundry_local", "foundry_local_sdk")
+FOUNDRY = "foundry-local"
 CONTEXT_TOKENS = 2048
 MOST_AT_ONCE = 8
 
 
 def peers_here() -> dict[str, str | None]:
     """Engines beside slmops' own, by name: the version that is installed, or None."""
-    found = {name: _version(module) for name, (module, _) in PEERS.items()}
-    foundry = next((module for module in FOUNDRY_MODULES if importlib.util.find_spec(module)), None)
-    return {**found, "foundry-local": _version(foundry) if foundry else None}
+    return {**{name: _version(module) for name, (module, _) in PEERS.items()}, FOUNDRY: foundry_version()}
 
 
 def _version(module: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return None
-    for name in (module, module.replace("_", "-"), f"{module.replace('_', '-')}-sdk"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def parse_peer(text: str) -> tuple[str, Path]:
@@ -61,22 +59,18 @@ def parse_peer(text: str) -> tuple[str, Path]:
         ModelNotFoundError: nothing at the path.
     """
     name, separator, path = text.partition("=")
-    if not separator or name not in PEERS:
+    if not separator or name not in (*PEERS, FOUNDRY):
         raise UsageError(
             f"--peer {text} is not NAME=PATH with a known engine.",
-            remedy="transformers=FOLDER, or llama.cpp=FILE.gguf. " + _others_in_words(),
+            remedy="transformers=FOLDER, llama.cpp=FILE.gguf, or foundry-local=BUNDLE.",
         )
-    module, install = PEERS[name]
-    if importlib.util.find_spec(module) is None:
-        raise UsageError(f"{name} is not installed.", remedy=f"Install it: pip install '{install}'.")
+    if name == FOUNDRY:
+        find_foundry()
+    elif importlib.util.find_spec(PEERS[name][0]) is None:
+        raise UsageError(f"{name} is not installed.", remedy=f"Install it: pip install '{PEERS[name][1]}'.")
     if not Path(path).exists():
         raise ModelNotFoundError(f"{path} does not exist.", remedy=f"Name a model that {name} can open.")
     return name, Path(path)
-
-
-def _others_in_words() -> str:
-    here = peers_here()["foundry-local"]
-    return "Foundry Local is here, but serves its own catalog alone: it is not measured." if here else ""
 
 
 class TransformersModel:
@@ -217,11 +211,17 @@ class PeerTurns:
 
 
 def open_peer(job: dict[str, Any]) -> Any:
-    """Open the engine that the job names."""
+    """Open the engine that the job names. Foundry Local chooses its threads itself."""
     limited = (job.get("limits") or {}).get("cores")
     threads = job["threads"] or limited
-    kind = TransformersModel if job["engine"] == "transformers" else LlamaCppModel
-    return PeerTurns(kind(job["path"], threads), job["requests"])
+    match job["engine"]:
+        case "transformers":
+            return PeerTurns(TransformersModel(job["path"], threads), job["requests"])
+        case "llama.cpp":
+            return PeerTurns(LlamaCppModel(job["path"], threads), job["requests"])
+        case _:
+            opened = UpstreamGenerator.foundry(Path(job["path"]))
+            return probe.GeneratorTurns(opened, [probe.read_request(raw) for raw in job["requests"]])
 
 
 def _turns(request: dict[str, Any]) -> list[dict[str, str]]:

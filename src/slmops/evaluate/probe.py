@@ -40,13 +40,17 @@ from slmops.runtime import Classifier, GenerationRequest, Generator
 LEAST_LATENCY_REQUESTS = 3  # a turn answers so many whatever its time limit, or it has no median
 
 
-def memory_bytes(field: str) -> int:
-    """A field of this process's memory in bytes: ``VmHWM`` (peak resident), ``RssAnon`` (resident, not file-backed).
+OWN = "self"
+"""This process, as ``/proc`` names it."""
 
-    Where there is no ``/proc``, the peak resident size stands in for both.
+
+def memory_bytes(field: str, process: str = OWN) -> int:
+    """A field of a process's memory in bytes: ``VmHWM`` (peak resident), ``RssAnon`` (resident, not file-backed).
+
+    Where there is no ``/proc``, the peak resident size of this process stands in for both.
     """
     try:
-        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - pathlib costs memory, little but ours
+        with open(f"/proc/{process}/status", encoding="ascii") as status:  # noqa: PTH123 - pathlib costs memory, little but ours
             for line in status:
                 if line.startswith(field + ":"):
                     return int(line.split()[1]) * 1024
@@ -59,6 +63,25 @@ def memory_bytes(field: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu_s(process: str = OWN) -> float:
+    """Seconds of processor time that a process has taken; of this one where there is no ``/proc``."""
+    if process != OWN:
+        try:
+            with open(f"/proc/{process}/stat", encoding="ascii") as stat:  # noqa: PTH123 - as above
+                user, system = stat.read().rpartition(")")[2].split()[11:13]
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        except FileNotFoundError:
+            pass
+    return time.process_time()
+
+
+def process_of(turns: Turns) -> str:
+    """Whose cost is counted: that of the child in which the model runs, else of this process."""
+    child = getattr(turns.model, "child_pid", None)
+    pid = child() if child is not None else 0
+    return str(pid) if pid else OWN
 
 
 class ClassifierTurns:
@@ -166,7 +189,7 @@ def _latency(turns: Turns, first: int, step: int, limit_s: float | None) -> dict
         tokens += answer_tokens
         if first_s is not None:
             ttft_ms.append(first_s * 1e3)
-    peak = memory_bytes("VmHWM")
+    peak = memory_bytes("VmHWM", process_of(turns))
     return {"latency_ms": latency_ms, "ttft_ms": ttft_ms, "tokens": tokens, "memory_bytes_peak": peak}
 
 
@@ -178,13 +201,15 @@ def _throughput(turns: Turns, batch: int, limit_s: float) -> dict[str, Any]:
         tokens += turns.many(answers, batch)
         answers += batch
     wall_s = time.perf_counter() - started
-    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": memory_bytes("VmHWM")}
+    peak = memory_bytes("VmHWM", process_of(turns))
+    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": peak}
 
 
 def _ask(turns: Turns, requests: list[Any], limit_s: float | None) -> dict[str, Any]:
     """Each request once, one at a time, with all that can be timed of it."""
     found: list[dict[str, Any]] = []
-    cpu_s, begun = time.process_time(), time.perf_counter()
+    process = process_of(turns)
+    before_s, begun = cpu_s(process), time.perf_counter()
     for request in requests:
         over = limit_s is not None and time.perf_counter() - begun > limit_s
         if over and len(found) >= LEAST_LATENCY_REQUESTS:
@@ -195,9 +220,9 @@ def _ask(turns: Turns, requests: list[Any], limit_s: float | None) -> dict[str, 
         **{key: [one[key] for one in found] for key in ("latency_ms", "ttft_ms", "tokens", "prompt_tokens")},
         "gaps_ms": [gap for one in found for gap in one["gaps_ms"]],
         "wall_s": wall_s,
-        "cpu_s": time.process_time() - cpu_s,
-        "memory_bytes_peak": memory_bytes("VmHWM"),
-        "memory_bytes_anon_swap": memory_bytes("RssAnon") + memory_bytes("VmSwap"),
+        "cpu_s": cpu_s(process) - before_s,
+        "memory_bytes_peak": memory_bytes("VmHWM", process),
+        "memory_bytes_anon_swap": memory_bytes("RssAnon", process) + memory_bytes("VmSwap", process),
     }
 
 
@@ -209,7 +234,8 @@ def _ask_together(turns: Turns, requests: list[Any], limit_s: float) -> dict[str
         tokens += turns.together(requests)
         answers += len(requests)
     wall_s = time.perf_counter() - started
-    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": memory_bytes("VmHWM")}
+    peak = memory_bytes("VmHWM", process_of(turns))
+    return {"answers": answers, "tokens": tokens, "wall_s": wall_s, "memory_bytes_peak": peak}
 
 
 def read_request(raw: dict[str, Any]) -> GenerationRequest:
@@ -254,8 +280,8 @@ def run(job: dict[str, Any], orders: Iterator[str], answer: IO[str], opener: Cal
     say(
         {
             "load_s": time.perf_counter() - started,
-            "memory_bytes_loaded": memory_bytes("RssAnon"),
-            "memory_bytes_peak": memory_bytes("VmHWM"),
+            "memory_bytes_loaded": memory_bytes("RssAnon", process_of(turns)),
+            "memory_bytes_peak": memory_bytes("VmHWM", process_of(turns)),
             "threads": job["threads"],
             "limits": held,
         }

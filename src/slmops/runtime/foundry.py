@@ -92,6 +92,18 @@ def find_foundry() -> Path:
     )
 
 
+def foundry_version() -> str | None:
+    """Of the SDK in :func:`find_foundry`'s interpreter; None where it is not installed."""
+    asked = "from importlib.metadata import version; print(version('foundry-local-sdk'))"
+    try:
+        told = subprocess.run(
+            [str(find_foundry()), "-I", "-c", asked], capture_output=True, text=True, timeout=START_LIMIT_S, check=True
+        )
+    except (UsageError, OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
 def quiet_environment(data: Path) -> dict[str, str]:
     """The child's whole environment: telemetry off by every switch there is, home within ``data``, nothing inherited
     that could carry a secret or a way out."""
