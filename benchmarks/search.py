@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "students": len({one["number"] for one in found["search"]["candidates"]}),
         "left_out": len(found["search"]["left_out"]),
         "front": [
-            {**one["values"], "precision": one["precision"], "size_mb": size_mb(one), "score": score(one)}
+            {**one["values"], "variant": one["variant"], "size_mb": size_mb(one), "score": score(one)}
             for one in found["search"]["candidates"]
             if one["front"]
         ],

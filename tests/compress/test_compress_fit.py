@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from slmops.compress.fit import (
     bytes_at_least,
     candidates,
     efforts,
+    fewest_bits,
     fronts,
     layer_parameters,
     promoted,
@@ -20,7 +22,7 @@ from slmops.compress.fit import (
     values_of,
     with_effort,
 )
-from slmops.recipe import Range
+from slmops.recipe import CompressConfig, Range
 
 
 def points(count: int, seed: int) -> list[Point]:
@@ -64,8 +66,22 @@ def test_a_layer_counts_what_torch_counts() -> None:
     )
     layer = LlamaDecoderLayer(config, 0)
     assert layer_parameters(48, 80, 60, 20) == sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-    assert bytes_at_least(3, 1000, ("fp32", "int8")) == 3000
-    assert bytes_at_least(3, 1000, ("fp16",)) == 6000
+    assert bytes_at_least(3, 1000, 8) == 3000
+
+
+@pytest.mark.parametrize(
+    ("asked", "bits"),
+    [
+        ({"precisions": ["fp32", "int8"]}, 8),
+        ({"precisions": ["fp16"]}, 16),
+        ({"precisions": ["fp32"], "quantize": ["gptq"]}, 4),
+        ({"precisions": ["fp16"], "formats": ["gguf:q8_0", "openvino:fp32"]}, 8),
+        ({"precisions": ["fp16"], "formats": ["gguf"]}, 4),
+        ({"precisions": ["fp16"], "formats": ["olive:passes.json"]}, 0),
+    ],
+)
+def test_bits_of_the_smallest_variant(asked: dict[str, Any], bits: float) -> None:
+    assert fewest_bits(CompressConfig(**asked)) == bits
 
 
 def test_rungs() -> None:

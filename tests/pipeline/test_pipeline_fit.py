@@ -46,7 +46,7 @@ def test_a_search_under_a_budget_end_to_end(place: Place, tmp_path: Path) -> Non
     assert {one["epochs"] for one in found["candidates"] if one["number"] != kept} == {1.333}
     assert {one["epochs"] for one in finalists(found)} == {4}
     chosen = next(one for one in found["candidates"] if one["id"] == found["chosen"])
-    assert chosen["precision"] == "int8", "smaller, and every gate is open"
+    assert chosen["variant"] == "int8", "smaller, and every gate is open"
     assert found["values"] == chosen["values"]
     assert any(one["front"] for one in found["candidates"])
     leader = next(one for one in found["candidates"] if one["id"] == found["leader"])

@@ -13,6 +13,7 @@ import pytest
 from pipeline_helpers import Place
 
 from fakes.children import children_here
+from skipping import skip_or_fail
 from slmops.artifacts import Message
 from slmops.compress import formats
 from slmops.errors import MissingExtraError, RecipeError
@@ -61,7 +62,7 @@ def chats(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             "gates": {"retention": 0.0, "format_valid": 0.0, "parity": 1.0},
         }
         for name, section in sections.items():
-            raw[name] = {**raw[name], **section}
+            raw[name] = {**raw.get(name, {}), **section}
         return parse_recipe(raw)
 
     return recipe
@@ -205,3 +206,26 @@ def test_what_is_missing_is_told_before_anything_is_trained(
     with pytest.raises(RecipeError, match="there is no file"):
         run(formats=["olive:/nowhere.json"])
     assert not list((tmp_path / "store" / "artifacts").rglob("manifest.json"))
+
+
+def test_other_engines_and_algorithms_stand_in_a_search(chats: Callable[..., Recipe], tmp_path: Path) -> None:
+    if find_spec("openvino") is None:
+        skip_or_fail("openvino")
+    recipe = chats(
+        compress={
+            "precisions": ["fp32"],
+            "teacher_precisions": [],
+            "formats": ["openvino:fp32"],
+            "quantize": ["rtn"],
+        },
+        search={"goal": "budget", "space": {"student.layers": [1, 2]}, "rungs": 2},
+    )
+    with Store.open(tmp_path) as store:
+        report = run_recipe(recipe, store).report
+    found = report["search"]
+    names = ("fp32", "int4-rtn", "openvino-fp32")
+    assert {one["id"] for one in found["candidates"]} == {f"{number}-{name}" for number in (0, 1) for name in names}
+    size = {one["id"]: one["size_bytes"] for one in found["candidates"]}
+    assert all(size[f"{number}-int4-rtn"] < size[f"{number}-fp32"] for number in (0, 1))
+    # What was chosen on the validation rows is among the forms that the run then made.
+    assert {f"student-{name}" for name in names} <= {one["id"] for one in report["variants"]}

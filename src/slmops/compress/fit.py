@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slmops.recipe import Precision, Range, Values
+from slmops.recipe import CompressConfig, Precision, Range, Values
 
 BITS: Mapping[Precision, float] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 """Of one weight, without scales: for estimates that must not be too high."""
@@ -81,9 +82,21 @@ def layer_parameters(hidden_size: int, intermediate_size: int, attention_size: i
     return attention + 3 * hidden_size * intermediate_size
 
 
-def bytes_at_least(layers: int, parameters_each: int, precisions: Sequence[Precision]) -> int:
-    """What the layers alone take in the smallest of ``precisions``: vocabulary, norms and scales come on top."""
-    return int(layers * parameters_each * min(BITS[precision] for precision in precisions) / 8)
+def fewest_bits(config: CompressConfig) -> float:
+    """Of a weight in the smallest variant that is asked for; 0 where another tool decides it."""
+    named = [_bits_in(one.stored_as) for one in config.formats]
+    return min([BITS[one] for one in config.precisions] + [one.bits for one in config.quantize] + named)
+
+
+def _bits_in(quantization: str) -> float:
+    """The number in ``q4_k_m``, ``int8``, ``bf16`` …, which is the least that a weight takes."""
+    number = re.search(r"\d+", quantization)
+    return float(number[0]) if number else 0.0
+
+
+def bytes_at_least(layers: int, parameters_each: int, bits: float) -> int:
+    """What the layers alone take in so many bits a weight: vocabulary, norms and scales come on top."""
+    return int(layers * parameters_each * bits / 8)
 
 
 def efforts(rungs: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The search for the smallest student that passes: shapes and efforts, each in every precision, under a budget.
+"""The search for the smallest student that passes: shapes and efforts, each in every variant, under a budget.
 
 Candidates whose layers alone are too large are never trained; the others are trained a little, exported, scored on
 validation rows and measured; those that could still be worth it are trained longer (:mod:`slmops.compress.fit`). Every
@@ -19,6 +19,7 @@ from slmops.compress.fit import (
     bytes_at_least,
     candidates,
     efforts,
+    fewest_bits,
     fronts,
     layer_parameters,
     promoted,
@@ -32,12 +33,12 @@ from slmops.evaluate.scores import Scores
 from slmops.evaluate.significance import compare
 from slmops.models import model_facts
 from slmops.pipeline.context import Context
-from slmops.pipeline.prove import as_trained, estimate_variants, exported, measure_variants, score_variant
+from slmops.pipeline.prove import as_trained, estimate_variants, measure_variants, score_variant, student_variants
 from slmops.pipeline.prune import make_learnt
 from slmops.pipeline.search import Found
 from slmops.pipeline.teach import ask_for_answers
 from slmops.progress import Progress, ProgressSink
-from slmops.recipe import Precision, Recipe, SearchConfig, with_values
+from slmops.recipe import Recipe, SearchConfig, with_values
 
 NAME = "search"
 VALIDATION = "validation"
@@ -45,18 +46,18 @@ VALIDATION = "validation"
 
 @dataclass
 class _Trial:
-    """One set of values. ``judged``: its variants by precision, at the most effort so far."""
+    """One set of values. ``judged``: its variants by name, at the most effort so far."""
 
     number: int
     values: Mapping[str, Any]
     recipe: Recipe
     rung: int = -1
     epochs: float = 0.0
-    judged: dict[Precision, tuple[Candidate, list[Gate]]] = field(default_factory=dict)
+    judged: dict[str, tuple[Candidate, list[Gate]]] = field(default_factory=dict)
     why: str = ""
 
-    def id_of(self, precision: Precision) -> str:
-        return f"{self.number}-{precision}"
+    def id_of(self, variant: str) -> str:
+        return f"{self.number}-{variant}"
 
 
 def find_smallest(context: Context, data: Dataset, answers: Dataset, teacher: Checkpoint | None) -> Found:
@@ -80,7 +81,7 @@ class _Search:
         assert context.recipe.search is not None
         self.context, self.data, self.answers, self.teacher = context, data, answers, teacher
         self.config: SearchConfig = context.recipe.search
-        self.precisions = context.recipe.compress.precisions
+        self.bits = fewest_bits(context.recipe.compress)
         self.started_s = time.monotonic()
         self.reused = True
         self.timed_out = False
@@ -143,11 +144,11 @@ class _Search:
 
             shape = student_shape(recipe.student)
             hidden, inner = shape.hidden_size, shape.intermediate_size
-            return bytes_at_least(shape.layers, layer_parameters(hidden, inner, hidden, hidden), self.precisions)
+            return bytes_at_least(shape.layers, layer_parameters(hidden, inner, hidden, hidden), self.bits)
         from slmops.train.generator.student import LAYERS
 
         each = layer_parameters(facts.hidden_size, facts.intermediate_size, facts.attention_size, facts.key_value_size)
-        return bytes_at_least(recipe.student.layers or LAYERS, each, self.precisions)
+        return bytes_at_least(recipe.student.layers or LAYERS, each, self.bits)
 
     def _train(self, trial: _Trial, rung: int, effort: float) -> None:
         """Train at this effort, export, score, measure; a student that cannot be trained is noted and left."""
@@ -163,7 +164,7 @@ class _Search:
             same = recipe.distill.transfer_rows == self.context.recipe.distill.transfer_rows
             answers = self.answers if same else ask_for_answers(context, self.data, self.teacher)
             _, student = make_learnt(context, self.data, answers, self.teacher)
-            trial.judged = self._judge(context, trial, student)
+            trial.judged = self._judge(context, trial, student, answers)
         except ModelError as error:
             trial.why = str(error)
             return
@@ -175,25 +176,24 @@ class _Search:
         trial.rung, trial.epochs = rung, epochs
 
     def _judge(
-        self, context: Context, trial: _Trial, student: Checkpoint
-    ) -> dict[Precision, tuple[Candidate, list[Gate]]]:
-        variants = {precision: exported(context, "student", student, precision) for precision in self.precisions}
-        named = {trial.id_of(precision): variant for precision, variant in variants.items()}
+        self, context: Context, trial: _Trial, student: Checkpoint, answers: Dataset
+    ) -> dict[str, tuple[Candidate, list[Gate]]]:
+        variants = student_variants(context, student, answers)
+        named = {trial.id_of(name): variant for name, variant in variants.items()}
         measured = measure_variants(context, named, self.data)
         estimates = estimate_variants(context, named, measured)
-        judged: dict[Precision, tuple[Candidate, list[Gate]]] = {}
-        for precision, variant in variants.items():
-            name = trial.id_of(precision)
+        judged: dict[str, tuple[Candidate, list[Gate]]] = {}
+        for name, variant in variants.items():
+            number = trial.id_of(name)
             scores = score_variant(
-                context, f"student-{precision}", variant, self.data, split=VALIDATION, most_rows=self.config.rows
+                context, f"student-{name}", variant, self.data, split=VALIDATION, most_rows=self.config.rows
             )
-            candidate = Candidate(name, variant.model_bytes, scores, measured[name], estimates.get(name))
+            candidate = Candidate(number, variant.model_bytes, scores, measured[number], estimates.get(number))
             way = [candidate]
-            if precision != "fp32" and "fp32" in judged:
+            if name != "fp32" and "fp32" in judged:
                 way.insert(0, judged["fp32"][0])
             recipe = context.recipe
-            gates = gates_of(way, self.reference, recipe.gates, recipe.budget, recipe.seed)
-            judged[precision] = (candidate, gates)
+            judged[name] = candidate, gates_of(way, self.reference, recipe.gates, recipe.budget, recipe.seed)
         return judged
 
     # --- among candidates ---------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class _Search:
             for candidate, gates in trial.judged.values()
             if all(gate.passed for gate in gates if gate.name in BUDGET_GATES)
         ]
-        owner = {trial.id_of(precision): trial for trial in trials for precision in trial.judged}
+        owner = {trial.id_of(name): trial for trial in trials for name in trial.judged}
         kept: list[_Trial] = []
         for count in range(1, len(points) + 1):
             kept = list({id(owner[name]): owner[name] for name in promoted(points, fitting, count)}.values())
@@ -233,9 +233,7 @@ class _Search:
 
     def _summary(self, best: _Trial, chosen: Candidate, gates: Sequence[Gate]) -> dict[str, Any]:
         judged = [
-            (trial, precision, candidate, own)
-            for trial in self.trials
-            for precision, (candidate, own) in trial.judged.items()
+            (trial, name, candidate, own) for trial in self.trials for name, (candidate, own) in trial.judged.items()
         ]
         front = {point.id for point in fronts([_point(candidate) for _, _, candidate, _ in judged])[0]}
         leader = max((candidate for _, _, candidate, _ in judged), key=lambda one: (one.scores.value, -one.size_bytes))
@@ -250,8 +248,8 @@ class _Search:
             "rungs": self.config.rungs,
             "timed_out": self.timed_out,
             "candidates": [
-                _told(trial, precision, candidate, own, front, leader.scores, self.context.recipe.seed)
-                for trial, precision, candidate, own in judged
+                _told(trial, name, candidate, own, front, leader.scores, self.context.recipe.seed)
+                for trial, name, candidate, own in judged
             ],
             "left_out": [
                 {"number": trial.number, "values": dict(trial.values), "why": trial.why or "the time was up"}
@@ -296,7 +294,7 @@ def _point(candidate: Candidate) -> Point:
 
 def _told(
     trial: _Trial,
-    precision: Precision,
+    variant: str,
     candidate: Candidate,
     gates: Sequence[Gate],
     front: set[str],
@@ -308,7 +306,7 @@ def _told(
         "id": candidate.id,
         "number": trial.number,
         "values": dict(trial.values),
-        "precision": precision,
+        "variant": variant,
         "rung": trial.rung,
         "epochs": trial.epochs,
         "score": candidate.scores.summary(),

@@ -139,26 +139,23 @@ def _measured(
     whole: Checkpoint | None,
     answers: Dataset,
 ) -> dict[str, _Measured]:
-    compress = context.recipe.compress
-    sources: list[tuple[str, Checkpoint, tuple[Precision, ...]]] = [("student", student, compress.precisions)]
-    if teacher is not None:
-        sources.insert(0, ("teacher", teacher, compress.teacher_precisions))
     checkpoints: dict[str, Checkpoint] = {}
     variants: dict[str, Variant] = {}
+
+    def add(who: str, checkpoint: Checkpoint, made: Mapping[str, Variant]) -> None:
+        named = {"torch": as_trained(context, who, checkpoint), **made}
+        variants.update({f"{who}-{name}": variant for name, variant in named.items()})
+        checkpoints.update(dict.fromkeys([f"{who}-{name}" for name in named], checkpoint))
+
     before: str | None = None
     if whole is not None and whole.digest != student.digest:
         before = "teacher-torch" if teacher is not None and whole.digest == teacher.digest else WHOLE
         if before == WHOLE:
-            variants[WHOLE], checkpoints[WHOLE] = as_trained(context, WHOLE.removesuffix("-torch"), whole), whole
-    for who, checkpoint, precisions in sources:
-        variants[f"{who}-torch"] = as_trained(context, who, checkpoint)
-        variants |= {f"{who}-{precision}": exported(context, who, checkpoint, precision) for precision in precisions}
-        if who == "student":
-            variants |= {f"{who}-{one.variant}": formatted(context, who, checkpoint, one) for one in compress.formats}
-            variants |= {
-                f"{who}-{one.variant}": quantized(context, who, checkpoint, answers, one) for one in compress.quantize
-            }
-        checkpoints |= dict.fromkeys([name for name in variants if name.startswith(who)], checkpoint)
+            add(WHOLE.removesuffix("-torch"), whole, {})
+    if teacher is not None:
+        precisions = context.recipe.compress.teacher_precisions
+        add("teacher", teacher, {one: exported(context, "teacher", teacher, one) for one in precisions})
+    add("student", student, student_variants(context, student, answers))
     scores = {name: score_variant(context, name, variant, data) for name, variant in variants.items()}
     parities = _parities(context, variants, scores, data)
     if before is not None and comparable(context.recipe, variants[before], variants["student-torch"]):
@@ -341,6 +338,16 @@ def as_trained(context: Context, who: str, checkpoint: Checkpoint) -> Variant:
             system=context.system,
         ),
     )
+
+
+def student_variants(context: Context, student: Checkpoint, answers: Dataset) -> dict[str, Variant]:
+    """All variants that the recipe asks for, by their names: precisions, other formats, algorithms of quantization."""
+    compress, who = context.recipe.compress, "student"
+    return {
+        **{precision: exported(context, who, student, precision) for precision in compress.precisions},
+        **{one.variant: formatted(context, who, student, one) for one in compress.formats},
+        **{one.variant: quantized(context, who, student, answers, one) for one in compress.quantize},
+    }
 
 
 def exported(context: Context, who: str, checkpoint: Checkpoint, precision: Precision) -> Variant:

@@ -16,7 +16,7 @@ MOST_ROWS = 12
 
 @dataclass(frozen=True)
 class FitDot:
-    """A student in one precision. ``kind``: front or beaten; ``chosen``: what the run went on with."""
+    """A student in one variant. ``kind``: front or beaten; ``chosen``: what the run went on with."""
 
     x: float
     y: float
@@ -84,7 +84,7 @@ def _plot(tried: Sequence[Mapping[str, Any]], chosen: str, limit_bytes: float | 
             y.at(one["score"]["value"]),
             "front" if one["front"] else "beaten",
             one["id"] == chosen,
-            f"{_values(one['values'])}, {one['precision']}, {one['epochs']:g} epochs: "
+            f"{_values(one['values'])}, {one['variant']}, {one['epochs']:g} epochs: "
             f"{words.percent(one['score']['value'])}, {words.size(one['size_bytes'])}",
         )
         for one in sorted(tried, key=lambda one: one["front"])
