@@ -1,10 +1,12 @@
-"""What HTTP adds to one classification, and what logging and metrics take of the server's throughput.
+"""What HTTP adds to one classification, and what logging, redaction and metrics take of the server's throughput.
 
 The model is a student of the usual size (int8 in onnxruntime). Overhead: single requests over a kept connection to
 ``slmops serve`` in a process of its own, against the same model called in this one, round by round in turns; the p50 of
-each round. Cost of observation: two servers of the same model and keys, one with JSON log and metrics, one without,
-asked by several callers in turns; compared is the processor time that the server takes for a request, which is
-what bounds its throughput and which other load on the machine leaves alone; requests a second are told beside.
+each round. Cost of observation: servers of the same model and keys, asked by several callers in turns: without
+observers; with JSON log and metrics; and with every redacted text written to the events' database too
+(``--monitor full``), which is the one that is judged. Compared is the processor time that the server takes for a
+request, which is what bounds its throughput and which other load on the machine leaves alone; requests a second are
+told beside.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ OVERHEAD_MS, COST = 2.0, 0.05
 ROUNDS, REQUESTS = 20, 300
 QUICK_ROUNDS, QUICK_REQUESTS = 4, 100
 CALLERS = 4
+SETTLE_S = 1.2
+"""After the last answer events are still written: within a second."""
+WHOLE = "log, metrics, redacted events"
 TEXTS = (
     "where is my parcel, it was due on tuesday",
     "i want my money back",
@@ -49,13 +54,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with server(bundle) as (url, pid, key):
         added = overheads(bundle, Served(url, pid=pid, key=key), rounds, requests)
     say(f"overhead, p50 of each round: {added}")
-    with server(bundle) as watched, server(bundle, plain=True) as plain:
-        sides = {
-            "observed": Served(watched[0], pid=watched[1], key=watched[2]),
-            "plain": Served(plain[0], pid=plain[1], key=plain[2]),
-        }
+    with server(bundle, plain=True) as plain, server(bundle) as logged, server(bundle, "full") as recorded:
+        served = {"plain": plain, "log and metrics": logged, WHOLE: recorded}
+        sides = {side: Served(url, pid=pid, key=key) for side, (url, pid, key) in served.items()}
         shares, rates = costs(sides, rounds, requests)
-    overhead, cost = median(one["added_ms"] for one in added), median(shares)
+    overhead, cost = median(one["added_ms"] for one in added), median(shares[WHOLE])
     return {
         "ours": overhead,
         "peer": {"bare model p50 ms": median(one["bare_ms"] for one in added)},
@@ -67,9 +70,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "requests": rounds * requests,
         "observation": {
             "cost": cost,
-            "spread": spread(shares),
+            "spread": spread(shares[WHOLE]),
             "target": COST,
-            "what": "JSON log and metrics: server's processor time a request, more than without them",
+            "what": "processor time of the server for a request, more than without observers",
+            "beside": {side: {"cost": median(values), "spread": spread(values)} for side, values in shares.items()},
             "per_s": {side: fmean(values) for side, values in rates.items()},
         },
         "rounds": added,
@@ -95,19 +99,22 @@ def overheads(bundle: Path, served: Served, rounds: int, requests: int) -> list[
     return found
 
 
-def costs(sides: dict[str, Served], rounds: int, requests: int) -> tuple[list[float], dict[str, list[float]]]:
-    """By how much a request takes more of the processor when it is observed, pair by pair; requests a second."""
+def costs(
+    sides: dict[str, Served], rounds: int, requests: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By how much a request takes more of the processor on each side than on the plain one, round by round; requests a
+    second."""
     rates: dict[str, list[float]] = {side: [] for side in sides}
-    shares = []
+    shares: dict[str, list[float]] = {side: [] for side in sides if side != "plain"}
     for number in range(rounds + 1):
         cpu_s = {}
-        order = list(sides) if number % 2 else list(reversed(sides))
-        for side in order:
+        for side in list(sides) if number % 2 else list(reversed(sides)):
             cpu_s[side], per_s = load(sides[side], 2 * requests)
             if number:
                 rates[side].append(per_s)
-        if number:
-            shares.append(cpu_s["observed"] / cpu_s["plain"] - 1)
+        for side, values in shares.items():
+            if number:
+                values.append(cpu_s[side] / cpu_s["plain"] - 1)
     return shares, rates
 
 
@@ -123,12 +130,14 @@ def load(served: Served, requests: int) -> tuple[float, float]:
     before, started = sum(process.cpu_times()[:2]), time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
         list(pool.map(caller, [requests // CALLERS] * CALLERS))
-    spent_s, cpu_s = time.perf_counter() - started, sum(process.cpu_times()[:2]) - before
+    spent_s = time.perf_counter() - started
+    time.sleep(SETTLE_S)
+    cpu_s = sum(process.cpu_times()[:2]) - before
     return cpu_s / requests, requests / spent_s
 
 
 @contextmanager
-def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str]]:
+def server(bundle: Path, monitor: str = "", *, plain: bool = False) -> Iterator[tuple[str, int, str]]:
     """URL, process id and key of a server in a process of its own. ``plain``: the application without its observers."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -139,6 +148,7 @@ def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str
         else:
             command = [sys.executable, "-m", "slmops", "serve", str(bundle), "--port", "0", "--json"]
             command += ["--log", "json", "--keys", str(keys)]
+            command += ["--monitor", monitor, "--store", str(place / "store")] if monitor else []
         with (place / "log").open("wb") as logged:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=logged, text=True)
             try:
@@ -150,7 +160,7 @@ def server(bundle: Path, *, plain: bool = False) -> Iterator[tuple[str, int, str
 
 
 def serve_plain(bundle: Path, keys: Path) -> None:
-    """The same server without log and metrics: redaction and events belong on the other side too, once it has them."""
+    """The same server without its observers."""
     from slmops.serve.engine import Engine
     from slmops.serve.limits import Limits
     from slmops.serve.operate import Operated, ServeOptions, operate

@@ -1,9 +1,9 @@
 """20,000 requests: the server's memory must not rise; and kill -9 under load: it must come back by itself.
 
 Memory is what no file backs, with what was swapped out, of the server's process; the slope is over requests, after the
-first third, with the interval of Newey and West. Then ``slmops serve --supervise`` is asked by several callers while
-its child is killed three times: told are the requests that were lost with it, those that were refused, and how long
-nobody was answered.
+first third, with the interval of Newey and West. Then ``slmops serve --supervise --monitor full`` is asked by several
+callers while its child is killed three times: told are the requests that were lost with it, those that were refused,
+how long nobody was answered, and how long before a kill the oldest answer was given whose event is not in the database.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from benchmarks.classify_overhead import TEXTS
 from benchmarks.common import log, say, small_classifier
 from slmops.evaluate.served import Served
 from slmops.evaluate.validate import RISE_LIMIT_BYTES, Asker, Subject, ValidateSettings, soak
+from slmops.monitor.log import Window
+from slmops.monitor.place import Place
 from slmops.package import resolve_model_folder
 from slmops.runtime.description import ModelDescription
 
@@ -36,6 +38,8 @@ REQUESTS, QUICK_REQUESTS = 20_000, 2_000
 CALLERS = 4
 KILLS, QUICK_KILLS = 3, 1
 BACK_LIMIT_S = 15.0
+EVENTS_LIMIT_S = 1.0
+"""Events of older answers than that have to survive a kill."""
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -46,8 +50,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         asker = Asker(Served(url, pid=child.pid), Subject("soak", "", description), 16)
         check = soak(asker, ValidateSettings(soak_requests=requests, soak_callers=CALLERS), log())
     say(check.found)
-    with server(bundle, "--supervise") as (url, child):
-        killed = kill_under_load(url, child.pid, kills)
+    with tempfile.TemporaryDirectory() as store:
+        with server(bundle, "--supervise", "--monitor", "full", "--store", store) as (url, child):
+            killed, answers = kill_under_load(url, child.pid, kills)
+        killed |= {"events": events_lost(Path(store), answers, killed["kills"])}
     say(f"kills: {killed}")
     low, high = check.evidence["ci95"]
     back = max((one["silent_s"] for one in killed["kills"]), default=float("inf"))
@@ -57,7 +63,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": None,
         "spread": [low, high],
         "target": "zero within the interval, or an interval below 1 KiB a request",
-        "passed": bool(check.passed) and killed["refused"] == 0 and back <= BACK_LIMIT_S,
+        "passed": bool(check.passed)
+        and killed["refused"] == 0
+        and back <= BACK_LIMIT_S
+        and killed["events"]["oldest_lost_s"] <= EVENTS_LIMIT_S,
         "unit": "bytes a request",
         "requests": requests,
         "indistinguishable_from_zero": low <= 0 <= high,
@@ -69,11 +78,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def kill_under_load(url: str, parent: int, kills: int) -> dict[str, Any]:
-    """Kill the answering process again and again while callers ask."""
+def kill_under_load(url: str, parent: int, kills: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Kill the answering process again and again while callers ask; and when each answer came, by its request's id."""
     stop, lock = threading.Event(), threading.Lock()
     counts = {"answered": 0, "lost": 0, "refused": 0, "other": 0}
     last_answer_s = [time.monotonic()]
+    answers: dict[str, float] = {}
 
     def count(what: str) -> None:
         with lock:
@@ -86,6 +96,7 @@ def kill_under_load(url: str, parent: int, kills: int) -> dict[str, Any]:
             try:
                 reply = httpx.post(f"{url}/v1/classify", json={"input": TEXTS[number % len(TEXTS)]}, timeout=60)
                 count("answered" if reply.status_code == 200 else "other")
+                answers[reply.headers["x-request-id"]] = time.monotonic()
             except httpx.ConnectError:
                 count("refused")
             except httpx.HTTPError:
@@ -103,12 +114,26 @@ def kill_under_load(url: str, parent: int, kills: int) -> dict[str, Any]:
         killed_s = time.monotonic()
         while counts["answered"] <= before["answered"] + CALLERS and time.monotonic() - killed_s < 60:
             time.sleep(0.005)
-        told.append({"silent_s": last_answer_s[0] - killed_s, "lost": counts["lost"] - before["lost"]})
+        silent_s = last_answer_s[0] - killed_s
+        told.append({"at_s": killed_s, "silent_s": silent_s, "lost": counts["lost"] - before["lost"]})
     time.sleep(1)
     stop.set()
     for one in callers:
         one.join()
-    return {"kills": told, **counts}
+    return {"kills": told, **counts}, answers
+
+
+def events_lost(store: Path, answers: dict[str, float], kills: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers whose events are not in the database, and how long before the next kill the oldest of them was given."""
+    with Place.of(store).open() as events:
+        kept = {row["request_id"] for row in events.events(Window(), "request_id")}
+        told = [gap for gap in events.gaps() if "ended without closing" in gap["reason"]]
+    before_s = [
+        min((kill["at_s"] - at_s for kill in kills if kill["at_s"] >= at_s), default=float("inf"))
+        for name, at_s in answers.items()
+        if name not in kept
+    ]
+    return {"kept": len(kept), "lost": len(before_s), "oldest_lost_s": max(before_s, default=0.0), "gaps": len(told)}
 
 
 @contextmanager

@@ -40,16 +40,17 @@ def main(folder: Path) -> dict[str, Any]:
     os.chdir(folder)
     verb("run", "recipe.yaml", "--offline", "--json")
     deployed = folder / ".slmops/runs/tiny/bundle"
-    feedback = folder / "feedback.jsonl"
-    with served(deployed) as url:
-        gave = give_feedback(url, feedback)
-    improved = verb("improve", "recipe.yaml", "--feedback", feedback, "--offline", "--json")
+    with served(deployed, "--monitor", "full") as url:
+        gave = give_feedback(url)
+    learnt = verb("feedback", deployed, "--json")
+    improved = verb("improve", "recipe.yaml", "--feedback", learnt["rows"], "--offline", "--json")
     with served(deployed, "--candidate", improved["bundle"], "--policy", "policy.yaml") as url:
         outcome, statuses, labels = ask_until_over(url)
     why = verb("improve", "why", "recipe.yaml", "--json")
     trace = verb("trace", improved["bundle"], "--json")
     return {
         "feedback": gave,
+        "learnt": learnt["summary"],
         "improved": {key: improved[key] for key in ("passed", "verdict", "corrections", "scores")},
         "outcome": outcome,
         "statuses": dict(statuses),
@@ -80,19 +81,19 @@ def served(*arguments: object) -> Iterator[str]:
         process.wait(60)
 
 
-def give_feedback(url: str, path: Path) -> dict[str, int]:
-    """Callers ask; those whose answer is wrong say what would have been right."""
+def give_feedback(url: str) -> dict[str, int]:
+    """Callers ask; they say that an answer was right, or what would have been right."""
     rng, told = random.Random(3), Counter[str]()
-    with httpx.Client(base_url=url, timeout=60) as client, path.open("w", encoding="utf-8") as file:
+    with httpx.Client(base_url=url, timeout=60) as client:
         for number in range(60):
             right = "refund" if number % 2 else ("balance", "lost")[number // 2 % 2]
             words = [*TEXTS[right].split(), *rng.sample(FILLER, 3)]
             rng.shuffle(words)
-            [answer] = client.post("/v1/classify", json={"input": " ".join(words)}).json()
+            reply = client.post("/v1/classify", json={"input": " ".join(words)})
             told["asked"] += 1
-            if answer["label"] != right:
-                told["corrected"] += 1
-                file.write(json.dumps({"text": " ".join(words), "label": right}) + "\n")
+            said: dict[str, Any] = {"score": 1} if reply.json()[0]["label"] == right else {"correction": right}
+            told.update(said.keys())
+            client.post("/v1/feedback", json={"id": reply.headers["x-request-id"], **said}).raise_for_status()
     return dict(told)
 
 

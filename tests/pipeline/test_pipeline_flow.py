@@ -77,7 +77,9 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
 
 def test_feedback_becomes_a_version_that_knows_more(flow: Flow) -> None:
     told = flow.told
-    assert told["feedback"]["corrected"] >= 30
+    assert told["feedback"]["correction"] >= 30
+    assert told["learnt"]["new_labels"] == ["refund"]
+    assert told["learnt"]["sources"]["correction"] >= 20
     assert told["improved"]["passed"], told["improved"]["verdict"]
     assert told["improved"]["corrections"]["new_labels"] == ["refund"]
     assert told["outcome"] == "over"
