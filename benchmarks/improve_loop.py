@@ -1,10 +1,11 @@
 """Banking77 with one intent missing: feedback arrives, a candidate is made, shadows, and takes over without a failure.
 
-The fifteen most frequent intents; a student of fourteen of them is deployed and served. Simulated users ask texts that
-no model has seen: those of the missing intent correct the answer, one correction in ten names a wrong intent; users of
-the other intents correct half of the wrong answers, and one in fifty of them "corrects" a right one. `slmops improve`
-makes the candidate; `slmops serve --candidate` shadows it and gives it a growing share while users go on asking. Both
-versions are then judged on texts that were in none of this.
+The fifteen most frequent intents; a student of all but one of them is deployed and served. Simulated users ask texts
+that no model has seen, and tell the server what was wrong (``POST /v1/feedback``): those of the missing one correct the
+answer, one correction in ten names a wrong intent; users of the other intents correct half of the wrong answers, and
+one in fifty of them "corrects" a right one. ``slmops feedback`` makes rows of that, ``slmops improve`` the candidate;
+``slmops serve --candidate`` shadows it and gives it a growing share while users go on asking. Both versions are then
+judged on texts that were in none of this.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
 from benchmarks.common import data_file, log, mean, say
-from slmops.artifacts import Message, Row
+from slmops.artifacts import Bundle, Message, Row
 from slmops.evaluate.significance import compare
+from slmops.monitor.log import Window
+from slmops.monitor.place import Place
 from slmops.pipeline import run_recipe
+from slmops.pipeline.feedback import curate_feedback
 from slmops.pipeline.improve import improve_recipe
 from slmops.recipe import parse_recipe
 from slmops.runtime import open_classifier
@@ -54,6 +58,13 @@ AFTER_S = 3.0
 OLD_POINTS, NEW_SHARE = 0.5, 0.8
 
 
+class Answer(NamedTuple):
+    """``id``: by which feedback names it."""
+
+    id: str
+    label: str
+
+
 @dataclass
 class Users:
     """What happened to them. ``failed``: requests without a good answer, by what was seen instead."""
@@ -73,9 +84,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with Store.open(folder / "store") as store:
         first = run_recipe(recipe, store, progress=log())
         deployed = first.folder / "bundle"
-        collected, before = collect(deployed, parts["traffic"], missing, folder / "feedback.jsonl")
+        events = folder / "events" / str(time.time_ns())
+        collected, before = collect(deployed, parts["traffic"], missing, events)
+        with Place.of(events).open() as log_of_events:
+            rows = curate_feedback(Bundle.open(deployed), log_of_events, store, window=Window())
         started = time.monotonic()
-        result = improve_recipe(recipe, store, [folder / "feedback.jsonl"], progress=log())
+        result = improve_recipe(recipe, store, [rows.rows_path], progress=log())
         improve_s = time.monotonic() - started
     say(result.content["verdict"])
     outcome, users, seen = ("refused", Users(), {})
@@ -99,6 +113,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "answers_by_version": dict(users.versions),
         "scores": scores,
         "corrections": {**collected, **result.content["corrections"]},
+        "learnt": rows.summary,
         "gates": [
             {key: gate[key] for key in ("name", "value", "limit", "passed", "note")} for gate in result.content["gates"]
         ],
@@ -173,22 +188,25 @@ def served(*arguments: object) -> Iterator[str]:
         process.wait(60)
 
 
-def collect(bundle: Path, traffic: Sequence[tuple[str, str]], missing: str, out: Path) -> tuple[dict[str, int], Users]:
-    """Every text of the traffic is asked once; what users correct is written down."""
+def collect(
+    bundle: Path, traffic: Sequence[tuple[str, str]], missing: str, events: Path
+) -> tuple[dict[str, int], Users]:
+    """Every text of the traffic is asked once; what users correct the server is told, which keeps it in ``events``."""
     rng, labels, users = random.Random(1), sorted({label for _, label in traffic}), Users()
-    corrections, wrong = [], 0
-    with served(bundle) as url, httpx.Client(base_url=url, timeout=30) as client:
+    given = wrong = 0
+    monitored = ("--monitor", "full", "--store", events)
+    with served(bundle, *monitored) as url, httpx.Client(base_url=url, timeout=30) as client:
         for text, right in traffic:
             answer = ask(client, text, users)
-            said = correction(rng, labels, right, answer, missing)
-            if said is not None:
-                corrections.append({"text": text, "category": said})
-                wrong += said != right
-    out.write_text("".join(json.dumps(one) + "\n" for one in corrections), "utf-8")
-    return {"given": len(corrections), "wrong": wrong}, users
+            said = None if answer is None else correction(rng, labels, right, answer.label, missing)
+            if answer is not None and said is not None:
+                given, wrong = given + 1, wrong + (said != right)
+                told = client.post("/v1/feedback", json={"id": answer.id, "correction": said})
+                told.raise_for_status()
+    return {"given": given, "wrong": wrong}, users
 
 
-def correction(rng: random.Random, labels: Sequence[str], right: str, answer: str | None, missing: str) -> str | None:
+def correction(rng: random.Random, labels: Sequence[str], right: str, answer: str, missing: str) -> str | None:
     """What a user says would be right; None: nothing."""
     others = [label for label in labels if label != right]
     if right == missing:
@@ -198,7 +216,7 @@ def correction(rng: random.Random, labels: Sequence[str], right: str, answer: st
     return rng.choice(others) if rng.random() < MISTAKES else None
 
 
-def ask(client: httpx.Client, text: str, users: Users) -> str | None:
+def ask(client: httpx.Client, text: str, users: Users) -> Answer | None:
     users.asked += 1
     try:
         response = client.post("/v1/classify", json={"input": text})
@@ -209,7 +227,7 @@ def ask(client: httpx.Client, text: str, users: Users) -> str | None:
         users.failed[str(response.status_code)] += 1
         return None
     users.versions[response.headers.get("x-slmops-version", "")] += 1
-    return str(response.json()[0]["label"])
+    return Answer(response.headers.get("x-request-id", ""), str(response.json()[0]["label"]))
 
 
 def roll_out(
