@@ -3,9 +3,10 @@
 The model is SmolLM2-135M as trained here (:mod:`benchmarks.trained`). Accuracy: the share of held-out messages whose
 intent, end of the answer included, is the greedy answer. Perplexity: of held-out answers in a paragraph. All forms read
 the same rows in their own engine, as they are served. ``ours`` is 4 bits by GPTQ in blocks of 32 (``compress.quantize:
-gptq``); told beside are k_quant, AWQ, and a mixture under the size limit of 29.5 % of fp16 in which 8 bits are where
-rounding was measured to cost most. Bytes are those of the files that hold weights, for GGUF with its vocabulary. Forms
-and scores are kept in the store: a second run measures what is missing.
+gptq``); told beside are the other algorithms, a mixture under the size limit of 29.5 % of fp16 in which 8 bits are
+where rounding was measured to cost most, and plain rounding after an epoch of training on the grid (``recover``). Bytes
+are those of the files that hold weights, for GGUF with its vocabulary. Forms and scores are kept in the store: a second
+run measures what is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import say
+from benchmarks.common import log, say
 from benchmarks.trained import Row, Trained, off_grid, trained_weights
 from slmops.artifacts import Draft, Message
 from slmops.artifacts import Row as DataRow
@@ -28,10 +29,14 @@ from slmops.compress.gguf_export import export_gguf
 from slmops.compress.quantize.calibration import read_calibration, token_rows
 from slmops.compress.quantize.folder import quantize_folder
 from slmops.evaluate.significance import paired_bootstrap
+from slmops.pipeline.context import Context
+from slmops.pipeline.quantize import quantized
+from slmops.pipeline.teach import prepare_data
 from slmops.recipe import CalibrationConfig, QuantizeConfig
 from slmops.runtime import open_generator
+from slmops.store import Store
 
-ANSWERS, INTENTS = 24, 1000
+ANSWERS, INTENTS = 60, 1000
 QUICK_ANSWERS, QUICK_INTENTS = 2, 6
 MAX_TOKENS = 320
 CALIBRATION_ROWS = 128
@@ -45,20 +50,23 @@ LIMIT = 0.295
 WEIGHTS = ("model.onnx", "model.onnx.data", "model.gguf")
 ABOUT: dict[str, Any] = {"task": "generation", "name": "trained", "system": None}
 OURS: dict[str, dict[str, Any]] = {
+    "int4 rtn": {"algorithm": "rtn"},
     "int4 k_quant": {"algorithm": "k_quant"},
     "int4 k_quant with zeros": {"algorithm": "k_quant", "symmetric": False},
     "int4 gptq": {"algorithm": "gptq"},
     "int4 gptq, blocks of 64": {"algorithm": "gptq", "block_size": 64},
     "int4 awq": {"algorithm": "awq"},
+    "int4 hqq": {"algorithm": "hqq"},
+    "int4 rtn, recovered": {"algorithm": "rtn", "recover": {}},
 }
 MIXED, JUDGED = "int4 gptq, mixed", "int4 gptq"
-OTHERS = ("int4 k_quant", "int4 k_quant with zeros", "int4 gptq, blocks of 64", "int4 awq", MIXED)
+OTHERS = (*(name for name in OURS if name != JUDGED), MIXED)
 QUICK = ("fp16", "builder int4", "int4 k_quant")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     trained = trained_weights(options)
-    forms = Forms(trained, options.store / ("int4-quick" if options.quick else "int4"), quick=options.quick)
+    forms = Forms(trained, options.store, quick=options.quick)
     names = QUICK if options.quick else ("fp16", "builder int4", JUDGED, "gguf q4_k_m", *OTHERS)
     found = {name: forms.scored(name) for name in names}
     wide, builder = found["fp16"], found["builder int4"]
@@ -121,10 +129,11 @@ def perplexity(nats: list[float], tokens: list[int]) -> float:
 
 
 class Forms:
-    """The model's forms in a folder, and what they score."""
+    """The model's forms in a folder of the store, and what they score."""
 
-    def __init__(self, trained: Trained, folder: Path, *, quick: bool) -> None:
-        self.trained, self.folder = trained, folder / trained.folder.name
+    def __init__(self, trained: Trained, store: Path, *, quick: bool) -> None:
+        self.trained, self.store = trained, store
+        self.folder = store / ("int4-quick" if quick else "int4") / trained.folder.name
         self.answers = trained.answers[: QUICK_ANSWERS if quick else ANSWERS]
         self.intents = trained.intents[: QUICK_INTENTS if quick else INTENTS]
 
@@ -180,6 +189,9 @@ class Forms:
         return (LIMIT * weights + sum(sizes.values()) - weights) / 1e6
 
     def _quantize(self, settings: QuantizeConfig, draft: Draft) -> None:
+        if settings.recover is not None:
+            shutil.copytree(self._recovered(settings), draft.path / "model")
+            return
         wide = self.made("fp32")
         shutil.copytree(wide, draft.path / "model")
         rows = []
@@ -189,6 +201,13 @@ class Forms:
             chosen = read_calibration(CalibrationConfig(rows=CALIBRATION_ROWS), learnt, seed=0)
             rows = token_rows(wide, chosen, lambda row: row.messages, MAX_TOKENS)
         quantize_folder(draft.path / "model", settings, rows)
+
+    def _recovered(self, settings: QuantizeConfig) -> Path:
+        """Trained on the grid and exported as a recipe does it."""
+        with Store.open(self.store) as store:
+            context = Context(self.trained.recipe, store, offline=False, progress=log())
+            rows = prepare_data(context)
+            return quantized(context, "student", self.trained.checkpoint, rows, settings).model_path
 
 
 def export_by_builder(checkpoint: Path, draft: Draft) -> None:

@@ -31,7 +31,7 @@ TARGET = 1.0
 def run(options: argparse.Namespace) -> dict[str, Any]:
     quick = options.quick
     trained = trained_weights(options)
-    forms = Forms(trained, options.store / ("int4-quick" if quick else "int4"), quick=quick)
+    forms = Forms(trained, options.store, quick=quick)
     names = (OURS, PEER) if quick else (OURS, PEER, *BESIDE)
     questions = trained.answers[: QUICK_QUESTIONS if quick else QUESTIONS]
     opened = {name: open_generator(forms.made(name)) for name in names}

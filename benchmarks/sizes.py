@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     trained = trained_weights(options)
-    forms = Forms(trained, options.store / ("int4-quick" if options.quick else "int4"), quick=options.quick)
+    forms = Forms(trained, options.store, quick=options.quick)
     sizes = {name: bytes_in(forms.made(name)) for name in (QUICK_BUILT if options.quick else BUILT)}
     wide = forms.made("fp32")
     sizes |= {name: rounded_bytes(wide, settings) for name, settings in SETTINGS.items()}

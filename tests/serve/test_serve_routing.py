@@ -16,6 +16,8 @@ from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
 from slmops.serve.app import create_app
 from slmops.serve.engine import Engine
+from slmops.serve.operate import ServeOptions, operate
+from slmops.serve.reload import Version
 from slmops.serve.routing import Policy, Router, Tally, confidence_of, goes_up, label_in, told
 from slmops.serve.server import background
 
@@ -136,6 +138,19 @@ def test_a_classifier_with_a_teacher(tmp_path: Path) -> None:
     assert chats == [row["label"] for row in rows]
     assert (said["requests"], said["to_teacher"]) == (6, 2)
     assert texts[unsure] in teacher.asked[0].messages[0].content
+
+
+def test_metrics_tell_whose_answers_were_given(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_tiny_classifier(folder)
+
+    def load(source: str) -> tuple[Version, Engine]:
+        return Version(source, folder, "f" * 20), Engine.open(folder, router=Router(Teacher(LABELS[0]), Policy(1.0)))
+
+    with background(operate("one", load, ServeOptions("m"))) as url:
+        assert httpx.post(f"{url}/v1/classify", json={"input": ["a fee", "where is it"]}).status_code == 200
+        page = httpx.get(f"{url}/metrics").text
+    assert 'slmops_routed_total{outcome="teacher",version="ffffffffffff"} 2.0' in page
 
 
 def test_without_a_teacher_there_is_no_routing(text_folder: Path) -> None:

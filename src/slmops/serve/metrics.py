@@ -7,6 +7,8 @@
 ``slmops_time_to_first_token_seconds``       histogram   arrival to the first text, by version, adapter
 ``slmops_time_per_token_seconds``            histogram   mean of one answer after its first token, likewise
 ``slmops_tokens_total``                      counter     by kind (prompt, completion), version, adapter
+``slmops_routed_total``                      counter     answers judged for a teacher, by outcome (own, teacher,
+                                                         teacher_failed), version
 ``slmops_requests_at_hand``                  gauge       running or waiting now
 ``slmops_connections``                       gauge       open connections
 ``slmops_reloads_total``                     counter     by result (switched, refused)
@@ -43,6 +45,9 @@ class Metrics:
         self.first = _histogram("slmops_time_to_first_token_seconds", "Arrival to the first text", WHOLE_S, self)
         self.token = _histogram("slmops_time_per_token_seconds", "A token after the first", TOKEN_S, self)
         self.tokens = Counter("slmops_tokens", "Tokens read and written", ("kind", *SERIES), registry=registry)
+        self.routed = Counter(
+            "slmops_routed", "Answers judged by their confidence", ("outcome", "version"), registry=registry
+        )
         self.at_hand = Gauge("slmops_requests_at_hand", "Requests running or waiting", registry=registry)
         self.connections = Gauge("slmops_connections", "Open connections", registry=registry)
         self.reloads = Counter("slmops_reloads", "Reloads by result", ("result",), registry=registry)

@@ -159,6 +159,8 @@ def operate(
             recorder=recorder,
         )
         extend(app, version)
+        if engine.router is not None:
+            engine.router.on_answer = lambda outcome: metrics.routed.labels(outcome, version.label).inc()
         return app
 
     def reloaded(result: Result, version: Version) -> None:

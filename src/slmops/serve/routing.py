@@ -14,9 +14,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from slmops.artifacts import Message
 from slmops.errors import SlmopsError
@@ -26,6 +26,10 @@ from slmops.runtime.careful import needs_care
 log = logging.getLogger(__name__)
 LABEL_TOKENS = 32
 LABEL_PROMPT = "Which of these labels fits the text? Answer with the label alone.\n\nLabels:\n{labels}\n\nText:\n{text}"
+
+
+Outcome = Literal["own", "teacher", "teacher_failed"]
+"""Whose answer the caller got; ``teacher_failed``: the model's own, after the teacher was asked in vain."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Router:
 
     def __init__(self, teacher: Generator, policy: Policy) -> None:
         self.policy = policy
+        self.on_answer: Callable[[Outcome], None] = lambda _: None
+        """Told of every answer that was judged, on the thread that judged it."""
         self._teacher = teacher
         self._tally = Tally()
         self._lock = threading.Lock()
@@ -108,10 +114,10 @@ class Router:
             answer = list(self._teacher.stream(request))
         except SlmopsError as error:
             log.warning("the teacher failed: %s", type(error).__name__)
-            self._count(failed=1)
+            self._count("teacher_failed")
             yield from pieces
             return
-        self._count(sent=1)
+        self._count("teacher")
         yield from answer
 
     def label(self, text: str, labels: Sequence[str], confidence: float) -> str | None:
@@ -126,16 +132,18 @@ class Router:
         except SlmopsError as error:
             log.warning("the teacher failed: %s", type(error).__name__)
             label = None
-        self._count(sent=int(label is not None), failed=int(label is None))
+        self._count("teacher_failed" if label is None else "teacher")
         return label
 
     def close(self) -> None:
         self._teacher.close()
 
-    def _count(self, *, sent: int = 0, failed: int = 0) -> None:
+    def _count(self, outcome: Outcome = "own") -> None:
         with self._lock:
             tally = self._tally
+            sent, failed = outcome == "teacher", outcome == "teacher_failed"
             self._tally = Tally(tally.asked + 1, tally.sent + sent, tally.failed + failed)
+        self.on_answer(outcome)
 
 
 class RoutedGenerator:
