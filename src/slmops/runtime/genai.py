@@ -30,9 +30,8 @@ from slmops.runtime.base import (
     States,
     TextScore,
 )
-from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ADAPTER_SUFFIX, ADAPTERS_FOLDER, ModelDescription
-from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.guide import Guide, masked
 from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import log_likelihood
 
@@ -56,7 +55,6 @@ class GenaiGenerator(Prompted):
         self._context_tokens = int(config["model"]["context_length"])
         self._pad_token_id = int(config["model"].get("pad_token_id") or 0)
         self._adapters: Any = None
-        self._masks: Masks | None = None
         self._read: set[str] = set()
         self._folder = folder
         self._end_ids = end_ids(chat, config)
@@ -113,7 +111,7 @@ class GenaiGenerator(Prompted):
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
         generator, (answer,) = self._start([prompt], [request])
-        return _stream(generator, answer, guide_of(request, self._chat, self._masks_of))
+        return _stream(generator, answer, self._guide_of(request))
 
     def embed(self, texts: Sequence[str]) -> tuple[States, int]:
         """The mean of the last hidden state over each text's tokens, ``[len(texts), width]`` float32, and the tokens
@@ -137,11 +135,6 @@ class GenaiGenerator(Prompted):
             raise NotImplementedError("the graph does not give its hidden states") from None
         mean: NDArray[np.float32] = states[0].astype(np.float32).mean(axis=0)
         return mean
-
-    def _masks_of(self, vocabulary: int) -> Masks:
-        if self._masks is None:
-            self._masks = Masks(self._chat, vocabulary, self._end_ids)
-        return self._masks
 
     def score(self, conversations: Sequence[tuple[tuple[Message, ...], str]]) -> list[TextScore]:
         """Log-probability of each target after its messages, from one forward pass over both.

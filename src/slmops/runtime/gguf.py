@@ -33,9 +33,8 @@ from slmops.errors import ContextLengthError, CorruptArtifactError, MissingExtra
 from slmops.models.gguf_file import check_gguf
 from slmops.runtime.answer import Answer
 from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
-from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.guide import Guide, masked
 from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import draw, log_softmax
 
@@ -59,7 +58,6 @@ class GgufGenerator(Prompted):
         self._context_tokens = context_tokens
         self._end_ids = frozenset(chat.eos_token_ids)
         self._whole = chat.eos_token_ids[0] if chat.eos_token_ids else 0  # a token that is no half character
-        self._masks: Masks | None = None
         self._vocabulary = 0  # known once all tokens were told of
 
     @classmethod
@@ -95,7 +93,7 @@ class GgufGenerator(Prompted):
             answer = self._answer(self._chat.encode_prompt(request.messages, request.tools), request)
             logprob = 0.0
             text = []
-            guide = guide_of(request, self._chat, self._masks_of)
+            guide = self._guide_of(request)
             tokens = self._all_tokens(answer, request) if guide is None else self._guided(answer, request, guide)
             for token, its_logprob in tokens:
                 logprob += its_logprob
@@ -165,7 +163,7 @@ class GgufGenerator(Prompted):
         yield from self._tokens(ids, last - len(ids), request)
 
     def _stream(self, answer: Answer, request: GenerationRequest) -> Iterator[Delta]:
-        guide = guide_of(request, self._chat, self._masks_of)
+        guide = self._guide_of(request)
         if guide is None:
             tokens = self._tokens(answer.prompt, answer.max_tokens, request)
         else:
@@ -205,11 +203,6 @@ class GgufGenerator(Prompted):
             if not few or told[token] > told.min():  # one of those that were told, and not of the rest
                 break
         return token, float(logprobs[token])
-
-    def _masks_of(self, vocabulary: int) -> Masks:
-        if self._masks is None:
-            self._masks = Masks(self._chat, vocabulary, self._end_ids)
-        return self._masks
 
     def _likeliest(self, ids: list[int]) -> NDArray[np.float32]:
         """Log-probabilities after ``ids``, ``[vocabulary]``: those of the :data:`LIKELIEST` tokens, and what is left

@@ -67,13 +67,6 @@ class Guide:
         return TokenLogprob(data.decode("utf-8", "replace"), data, logprob, top)
 
 
-def guide_of(request: GenerationRequest, chat: ChatTokenizer, masks: Callable[[int], Masks]) -> Guide | None:
-    """A guide where the request needs one."""
-    if request.constraint is None and request.top_logprobs is None:
-        return None
-    return Guide(request, chat, masks)
-
-
 def top_tokens(logprobs: NDArray[np.float32], count: int) -> list[int]:
     """The ``count`` likeliest tokens, best first."""
     if count <= 0:

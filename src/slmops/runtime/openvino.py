@@ -23,9 +23,8 @@ from slmops.chat import ChatTokenizer
 from slmops.errors import ContextLengthError, CorruptArtifactError, MissingExtraError, ModelError
 from slmops.runtime.answer import Answer
 from slmops.runtime.base import Delta, Generation, GenerationRequest, TextScore
-from slmops.runtime.constraint import Masks
 from slmops.runtime.description import ModelDescription
-from slmops.runtime.guide import Guide, guide_of, masked
+from slmops.runtime.guide import Guide, masked
 from slmops.runtime.prompted import Prompted
 from slmops.runtime.sampling import draw, log_likelihood, log_softmax
 
@@ -48,7 +47,6 @@ class OpenvinoGenerator(Prompted):
         self._chat = chat
         self.description = description
         self._end_ids = frozenset(chat.eos_token_ids)
-        self._masks: Masks | None = None
 
     @classmethod
     def load(cls, path: Path | str, *, threads: int | None = None) -> OpenvinoGenerator:
@@ -88,7 +86,7 @@ class OpenvinoGenerator(Prompted):
         answers = []
         for request in requests:
             answer = self._answer(self._chat.encode_prompt(request.messages, request.tools), request)
-            guide = guide_of(request, self._chat, self._masks_of)
+            guide = self._guide_of(request)
             logprob, text = 0.0, []
             for token, its_logprob in self._tokens(answer, request, guide):
                 logprob += its_logprob
@@ -131,13 +129,8 @@ class OpenvinoGenerator(Prompted):
         room = min(request.max_tokens, self.context_tokens - len(prompt))
         return Answer(prompt, room, self._end_ids, self._chat, request.stop)
 
-    def _masks_of(self, vocabulary: int) -> Masks:
-        if self._masks is None:
-            self._masks = Masks(self._chat, vocabulary, self._end_ids)
-        return self._masks
-
     def _stream(self, answer: Answer, request: GenerationRequest) -> Iterator[Delta]:
-        guide = guide_of(request, self._chat, self._masks_of)
+        guide = self._guide_of(request)
         for token, _ in self._tokens(answer, request, guide):
             text = answer.push(token)
             if text:

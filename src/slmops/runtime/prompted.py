@@ -8,15 +8,19 @@ from collections.abc import Iterator, Sequence
 from slmops.artifacts import Message
 from slmops.chat import ChatTokenizer, Tools
 from slmops.runtime.base import Ability, Delta, GenerationRequest
+from slmops.runtime.constraint import Masks
+from slmops.runtime.guide import Guide
 
 ABILITIES: frozenset[Ability] = frozenset({"json_schema", "grammar", "logprobs", "tools"})
 """What an engine can do beside writing text where its logits are looked at before each token."""
 
 
 class Prompted(ABC):
-    """A subclass sets ``_chat``."""
+    """A subclass sets ``_chat``, and ``_end_ids``: the tokens that end an answer."""
 
     _chat: ChatTokenizer
+    _end_ids: frozenset[int]
+    _masks: Masks | None = None
 
     @property
     def chat(self) -> ChatTokenizer:
@@ -48,3 +52,14 @@ class Prompted(ABC):
     @abstractmethod
     def stream_ids(self, prompt: list[int], request: GenerationRequest) -> Iterator[Delta]:
         """Like :meth:`stream`, for a prompt that is ids already; ``request.messages`` is not read."""
+
+    def _guide_of(self, request: GenerationRequest) -> Guide | None:
+        """Looks at the logits before each token, where the request needs that."""
+        if request.constraint is None and request.top_logprobs is None:
+            return None
+        return Guide(request, self._chat, self._masks_of)
+
+    def _masks_of(self, vocabulary: int) -> Masks:
+        if self._masks is None:
+            self._masks = Masks(self._chat, vocabulary, self._end_ids)
+        return self._masks
