@@ -284,6 +284,16 @@ def test_no_label_takes_more_than_its_share() -> None:
     assert len(curate(events, feedback).rows) == 60
 
 
+def test_a_new_label_may_have_as_many_rows_as_the_others_had() -> None:
+    """Callers correct it most, and the model has seen none of it."""
+    events = [kept(n, f"text {n}") for n in range(60)]
+    feedback = [said(f"id-{n}", correction="new" if n < 50 else f"few{n % 2}", at=NOW + n) for n in range(60)]
+    known = ["few0", "few1"]
+    assert curate(events, feedback, labels=known, rows_per_label=40).summary["balance"]["new"] == 40
+    assert curate(events, feedback, labels=known, rows_per_label=4).summary["balance"]["new"] == 15
+    assert curate(events, feedback, labels=known, rows_per_label=40, most_per_label=3).summary["balance"]["new"] == 3
+
+
 SAYINGS = st.tuples(st.sampled_from("abc"), st.sampled_from(["x", "y", ""]), st.sampled_from([0.0, 1.0, None]))
 
 

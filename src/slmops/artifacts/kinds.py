@@ -121,6 +121,13 @@ class Bundle(_WithModel):
 
     kind: ClassVar[str] = "bundle"
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """Its measurements; empty where there are none."""
+        path = self.path / "report.json"
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return found
+
 
 @dataclass(frozen=True)
 class Curated(Artifact):

@@ -18,7 +18,9 @@ def feedback(
     ] = None,
     most_per_label: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of one label at most.", show_default="three times the median label's"),
+        typer.Option(
+            min=1, help="Rows of one label at most.", show_default="three times the median; of a new one as of the old"
+        ),
     ] = None,
     near_duplicates: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Similarity from which two texts with one answer count as one.")

@@ -63,8 +63,10 @@ def curate(
     teacher: Teacher | None = None,
     repeats: Repeats | None = None,
     most_per_label: int | None = None,
+    rows_per_label: int = 0,
 ) -> Curation:
-    """``labels``: the model's, for a closed set; ``most_per_label``: rows of one label at most (the newest stay)."""
+    """``labels``: the model's, for a closed set; ``most_per_label``: rows of one label at most (the newest stay);
+    ``rows_per_label``: what the model learnt of a label on average, which a new one may have too."""
     said: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for one in feedback:
         said[one["event"]].append(one)
@@ -86,7 +88,7 @@ def curate(
     rows = [replace(row, new_label=bool(known) and row.target not in known) for row in rows]
     rows = _without_conflicts(rows, quarantine)
     kept, removed = _without_repeats(rows, repeats)
-    balanced = _balanced(kept, most_per_label) if known else kept
+    balanced = _balanced(kept, most_per_label, rows_per_label) if known else kept
     return Curation(tuple(balanced), tuple(quarantine), _summary(balanced, quarantine, removed, len(kept), bool(known)))
 
 
@@ -167,17 +169,18 @@ def _without_repeats(rows: Sequence[Curated], repeats: Repeats | None) -> tuple[
     return sorted(kept, key=lambda row: (row.at, row.event)), len(rows) - len(kept)
 
 
-def _balanced(rows: Sequence[Curated], most: int | None) -> list[Curated]:
-    """At most ``most`` rows a label, by default three times the median label's: the newest, corrections first."""
+def _balanced(rows: Sequence[Curated], most: int | None, rows_per_label: int) -> list[Curated]:
+    """At most ``most`` rows a label: the newest, corrections first. By default three times the median label's, and of
+    a new label ``rows_per_label`` where that is more: the model has seen none of it, and callers correct it most."""
     counts = Counter(row.target for row in rows)
-    if most is None:
-        ordered = sorted(counts.values())
-        most = max(10, 3 * ordered[len(ordered) // 2]) if ordered else 0
+    ordered = sorted(counts.values())
+    share = max(10, 3 * ordered[len(ordered) // 2]) if ordered else 0
+    known_most, new_most = (share, max(share, rows_per_label)) if most is None else (most, most)
     order = sorted(rows, key=lambda row: (row.source != "correction", -row.at, row.event))
     taken: Counter[str] = Counter()
     kept = set()
     for row in order:
-        if taken[row.target] < most:
+        if taken[row.target] < (new_most if row.new_label else known_most):
             taken[row.target] += 1
             kept.add(row.event)
     return [row for row in rows if row.event in kept]

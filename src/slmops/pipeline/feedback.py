@@ -109,6 +109,7 @@ def curate_feedback(
             teacher=None if teacher is None else _Teacher(teacher, task, description.labels),
             repeats=partial(repeats, threshold=near_duplicates),
             most_per_label=most_per_label,
+            rows_per_label=_rows_per_label(bundle),
         )
         _write(draft, curation, Columns.of(recipe))
 
@@ -120,6 +121,13 @@ def curate_feedback(
         code_version=code_version("slmops.monitor.curate", "slmops.pipeline.feedback", "slmops.privacy"),
         build=build,
     ).artifact
+
+
+def _rows_per_label(bundle: Bundle) -> int:
+    """Training rows of a label on average; 0 for an open task."""
+    data = bundle.report.get("data") or {}
+    labels = data.get("labels") or ()
+    return round(data["rows"]["train"] / len(labels)) if labels else 0
 
 
 def artifacts_of(store: Path, events: Iterable[str]) -> list[Path]:
