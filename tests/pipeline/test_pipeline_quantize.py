@@ -37,6 +37,7 @@ def test_forms_in_few_bits_are_judged_and_the_chosen_one_is_shipped(
     monkeypatch.setattr(prove, "measure_interleaved", lambda models, **_: dict.fromkeys(models, MEASURED))
     recipe = chats(
         compress={"quantize": ["gptq", ON_GRID], "calibration": {"rows": 8}, "choose": "int4-gptq"},
+        train={"checkpoint_every_steps": 2},  # a tied matrix on the grid is written in between too
     )
     with children_here(), Store.open(tmp_path / "store") as store:
         result = run_recipe(recipe, store)

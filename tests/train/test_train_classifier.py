@@ -302,6 +302,17 @@ def test_a_named_student_starts_from_its_own_weights(llama: Path, tmp_path: Path
     assert accuracy(draft.path, toy_rows(60, 98)) > 0.8
 
 
+def test_other_labels_keep_what_is_known_of_the_old_ones(llama: Path) -> None:
+    classifier = classifier_from_language_model(llama, ("fee", "lost"))
+    torch.nn.init.normal_(classifier.head.bias)
+    grown = classifier.with_labels(("card", "fee", "lost"))
+    ids, mask = pad([[5, 6, 7]])
+    before, after = classifier(ids, mask), grown(ids, mask)
+    assert after.shape == (1, 3)
+    torch.testing.assert_close(after[:, 1:], before)
+    assert not grown.head.weight[0].equal(classifier.head.weight[0])
+
+
 def test_shape_of_a_student() -> None:
     assert student_shape(StudentConfig()).hidden_size == 256
     shape = student_shape(StudentConfig(layers=3, hidden_size=128))

@@ -42,6 +42,18 @@ class PooledClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.dropout = nn.Dropout(0.0)
 
+    def with_labels(self, labels: tuple[str, ...]) -> PooledClassifier:
+        """The same model over other labels: what it knows of those that it has is kept, new ones begin at nothing."""
+        made = PooledClassifier(self.backbone, labels)
+        known = {label: row for row, label in enumerate(self.labels)}
+        with torch.no_grad():
+            for row, label in enumerate(labels):
+                if label in known:
+                    made.head.weight[row] = self.head.weight[known[label]]
+                    made.head.bias[row] = self.head.bias[known[label]]
+        made.dropout.p = self.dropout.p
+        return made
+
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from slmops.artifacts import Artifact, Dataset, Draft, Message, Row
+from slmops.artifacts import Artifact, Checkpoint, Dataset, Draft, Message, Row
 from slmops.distill import leaves_machine, student_messages
 from slmops.evaluate.measures import OwnMetric, load_metrics
 from slmops.models import LocalModel, fetch_model
@@ -26,7 +26,8 @@ class Context:
     """One run of one recipe.
 
     ``wall_s``: stage -> seconds it took when it was done; ``reused``: all were found done; ``search``: what the search
-    found out, for the report; ``data``: rows that were made elsewhere, instead of those that the recipe names.
+    found out, for the report; ``data``: rows that were made elsewhere, instead of those that the recipe names;
+    ``start``: a student to go on from (closed label sets).
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class Context:
     reused: bool = True
     search: Mapping[str, Any] | None = None
     data: Dataset | None = None
+    start: Checkpoint | None = None
 
     def go_on_with(self, recipe: Recipe) -> None:
         """From here on ``recipe``, which differs in student, distill, train and compress.prune at most."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import yaml
 
 from slmops.artifacts import (
     MANIFEST_NAME,
@@ -40,7 +41,7 @@ from slmops.pipeline.context import Context
 from slmops.pipeline.prove import score_variant
 from slmops.pipeline.ship import make_place, publish, put_bundle, replace_text
 from slmops.progress import ProgressSink, ignore
-from slmops.recipe import Recipe
+from slmops.recipe import Recipe, portable_recipe
 from slmops.serve.candidate.book import ROLLOUT, Book, pair_name
 from slmops.store import Store
 from slmops.trust import digest_file
@@ -96,6 +97,7 @@ def improve_recipe(
     old = _old_rows(store, use)
     make_place(folder)
     context.data = _new_rows(context, old, feedback)
+    context.start = _student_in_use(recipe, store, use)
     made = walk_until(context, "package", folder)
     report, bundle = Report.open(made["report"].path), Bundle.open(made["bundle"].path)
     student = Checkpoint.open(made["student"].path)
@@ -168,6 +170,20 @@ def _old_rows(store: Store, bundle: Bundle) -> Dataset:
             f"{store.root}.",
             remedy="Choose the --store that it was made in, or make its data again: slmops data RECIPE.",
         ) from None
+
+
+def _student_in_use(recipe: Recipe, store: Store, bundle: Bundle) -> Checkpoint | None:
+    """What the bundle's model was before it was written; None where the new one is to be another, or it is gone."""
+    kept = recipe.student.model is None and recipe.compress.prune is None and recipe.search is None
+    if not (recipe.closed and recipe.improve.go_on and kept):
+        return None
+    made_by = yaml.safe_load((bundle.path / "recipe.yaml").read_text("utf-8")) or {}
+    if made_by.get("student") != portable_recipe(recipe)["student"]:
+        return None
+    try:
+        return Checkpoint.open(store.find(lineage_of(bundle).get("student", "")).path)
+    except ArtifactError:
+        return None
 
 
 def _new_rows(context: Context, old: Dataset, feedback: Sequence[Path]) -> Dataset:

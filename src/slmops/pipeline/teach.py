@@ -570,6 +570,9 @@ def make_student(
     build: Callable[[Draft], None]
     if recipe.closed:
         others: list[Dataset] = []
+        start = context.start if taught else None
+        if start is not None:
+            inputs["start"] = start
         if taught and data is not None:
             for number in range(2, 2 + len(recipe.teachers)):
                 others.append(ask_for_answers(context, data, make_teacher(context, data, number), number))
@@ -583,6 +586,7 @@ def make_student(
             recipe.train,
             recipe.seed,
             named_model=context.named_student.path if context.named_student else None,
+            start=start.path if start else None,
             others=others,
             task=name,
             progress=context.progress,

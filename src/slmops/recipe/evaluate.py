@@ -265,6 +265,11 @@ class ImproveConfig(Section):
         description="a correction is kept out where a linear model is so sure of another label (closed sets); null: "
         "all are believed",
     )
+    go_on: bool = Field(
+        True,
+        description="the student goes on from the one in use, which changes fewer of its answers (closed sets, the "
+        "same keys of student); false: from scratch",
+    )
     forgetting: ForgettingConfig | None = Field(
         None, description="general rows, and how much the loss on them may rise beside the version in use (open tasks)"
     )

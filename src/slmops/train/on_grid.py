@@ -9,6 +9,9 @@ from torch.nn.utils import parametrize
 
 from slmops.models.grid import Grid, OnGrid
 
+BEHIND = "parametrizations.weight.original"
+"""What torch names the weight that is trained."""
+
 
 def put_on_grid(model: Any, grid: Grid) -> None:
     """Every matrix of a language model's layers, embeddings and output layer is used as ``grid`` has it from now on.
@@ -18,8 +21,11 @@ def put_on_grid(model: Any, grid: Grid) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             parametrize.register_parametrization(module, "weight", OnGrid(grid))
     if tied:
-        behind = model.get_input_embeddings().parametrizations.weight.original
-        model.get_output_embeddings().parametrizations.weight.original = behind
+        embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+        output.parametrizations.weight.original = embeddings.parametrizations.weight.original
+        # transformers writes a tied matrix once only where it knows its names, and these are new.
+        names = {module: name for name, module in model.named_modules()}
+        model._tied_weights_keys = {f"{names[output]}.{BEHIND}": f"{names[embeddings]}.{BEHIND}"}
 
 
 def leave_on_grid(model: Any) -> None:
@@ -27,4 +33,5 @@ def leave_on_grid(model: Any) -> None:
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    vars(model).pop("_tied_weights_keys", None)
     model.tie_weights()

@@ -78,7 +78,8 @@ def train_classifier_student(
 
     ``dataset`` holds the teacher's signals where ``distill`` is given: log-probabilities, and its states if they were
     kept (see :class:`Dataset`). The student is cut from the model at ``teacher_folder`` unless ``named_model`` is the
-    folder of another to start from, or ``start`` that of a classifier to go on from (after pruning, its zeros stay).
+    folder of another to start from, or ``start`` that of a classifier to go on from (its zeros stay; labels that it
+    does not have are added).
     ``others``: the same rows with the distributions of further teachers.
 
     Raises:
@@ -103,6 +104,8 @@ def train_classifier_student(
     tokenizer = closing_tokenizer(source)
     if start is not None:
         classifier, source, tokenizer = load_classifier(start), start, load_tokenizer(start)
+        if classifier.labels != labels:
+            classifier = classifier.with_labels(labels)
         keep_zeros(classifier)
         rate = train.learning_rate or RECOVERY_LEARNING_RATE
     elif named_model is not None:
