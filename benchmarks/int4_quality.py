@@ -3,10 +3,10 @@
 The model is SmolLM2-135M as trained here (:mod:`benchmarks.trained`). Accuracy: the share of held-out messages whose
 intent, end of the answer included, is the greedy answer. Perplexity: of held-out answers in a paragraph. All forms read
 the same rows in their own engine, as they are served. ``ours`` is 4 bits by GPTQ in blocks of 32 (``compress.quantize:
-gptq``); told beside are the other algorithms but HQQ, whose fractional zeros take 1.7 times as long in onnxruntime; a
-mixture under the size limit of 29.5 % of fp16 in which 8 bits are where rounding was measured to cost most; and plain
-rounding after 0.4 epochs of training on the grid (``recover``). Bytes are those of the files that hold weights, for
-GGUF with its vocabulary. Forms and scores are kept in the store: a second run measures what is missing.
+gptq``); told beside are the other algorithms; a mixture under the size limit of 29.5 % of fp16 in which 8 bits are
+where rounding was measured to cost most; and plain rounding after 0.4 epochs of training on the grid (``recover``).
+Bytes are those of the files that hold weights, for GGUF with its vocabulary. Forms and scores are kept in the store: a
+second run measures what is missing.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ OURS: dict[str, dict[str, Any]] = {
     "int4 gptq": {"algorithm": "gptq"},
     "int4 gptq, blocks of 64": {"algorithm": "gptq", "block_size": 64},
     "int4 awq": {"algorithm": "awq"},
+    "int4 hqq": {"algorithm": "hqq"},
     "int4 rtn, recovered": {"algorithm": "rtn", "recover": {"epochs": 0.4}},
 }
 MIXED, JUDGED = "int4 gptq, mixed", "int4 gptq"
@@ -163,8 +164,8 @@ class Forms:
 
     def _make(self, name: str, draft: Draft) -> None:
         match name:
-            case "fp32":
-                export_generator(self.trained.folder, draft, precision="fp32", max_tokens=MAX_TOKENS, **ABOUT)
+            case "fp32" | "int8":
+                export_generator(self.trained.folder, draft, precision=name, max_tokens=MAX_TOKENS, **ABOUT)
             case "fp16":
                 shutil.copytree(self.made("fp32"), draft.path / "model")
                 generator._rewrite(draft.path / "model", "fp16")

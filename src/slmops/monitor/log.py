@@ -141,9 +141,13 @@ class EventLog:
         with self._writing() as connection:
             if session is not None:
                 connection.execute(sessions.update().where(sessions.c.id == session).values(flushed_at=time.time()))
+            # Compiled once and handed to the driver as it is: SQLAlchemy's own way of many rows takes twice as long.
+            insert = self._insert(events).on_conflict_do_nothing().compile(dialect=self._engine.dialect)
+            names = insert.positiontup
             for start in range(0, len(rows), ROWS_AT_ONCE):
-                insert = self._insert(events).on_conflict_do_nothing()
-                connection.execute(insert, list(rows[start : start + ROWS_AT_ONCE]))
+                some = rows[start : start + ROWS_AT_ONCE]
+                values = [tuple(row[name] for name in names) for row in some] if names else list(map(dict, some))
+                connection.exec_driver_sql(str(insert), values)
 
     def give_feedback(self, row: Row) -> None:
         """Write or replace what a subject said of an event. Raises :class:`StorageError`."""

@@ -43,33 +43,32 @@ class Preparation:
         kept = self.policy.content != "off" and keeps(self.policy, answered.id)
         asked = self.redact(answered.input) if (sketched or kept) and answered.messages else ""
         numbers = sketch(asked, self.surprisal) if sketched and asked else None
-        row = {
-            "id": answered.id[:ID_CHARACTERS],
-            "request_id": answered.request_id[:ID_CHARACTERS],
+        return {
+            "id": plain(answered.id[:ID_CHARACTERS]),
+            "request_id": plain(answered.request_id[:ID_CHARACTERS]),
             "at": answered.at,
             "kind": answered.kind,
             "model": self.model,
             "version": answered.version or self.version,
-            "adapter": answered.adapter[:ID_CHARACTERS] if answered.status < 400 else "",
+            "adapter": plain(answered.adapter[:ID_CHARACTERS]) if answered.status < 400 else "",
             "status": answered.status,
             "latency_ms": answered.latency_ms,
             "first_ms": answered.first_ms,
             "prompt_tokens": answered.prompt_tokens,
             "completion_tokens": answered.completion_tokens,
-            "label": answered.label,
+            "label": plain(answered.label),
             "confidence": answered.confidence,
-            "finish_reason": answered.finish_reason,
+            "finish_reason": plain(answered.finish_reason),
             "format_ok": self._format_ok(answered),
             "input_chars": len(answered.input) if answered.messages else None,
             "output_chars": len(answered.output) if answered.status < 400 else None,
             "subject": self.subject(answered.subject),
-            "slices": json.dumps(self.slices(answered.slices), sort_keys=True, ensure_ascii=False),
-            "messages": self._messages(answered, asked) if kept else None,
-            "output": self.redact(answered.output) if kept and answered.status < 400 else None,
+            "slices": plain(to_text(self.slices(answered.slices))) if answered.slices else "{}",
+            "messages": plain(self._messages(answered, asked)) if kept else None,
+            "output": plain(self.redact(answered.output)) if kept and answered.status < 400 else None,
             "sketch": None if numbers is None else numbers.numbers,
             "novelty": None if numbers is None else numbers.novelty,
         }
-        return {name: plain(value) for name, value in row.items()}
 
     def feedback(self, given: Feedback, event_id: str) -> dict[str, Any]:
         """The row of what was said of the event ``event_id``. A subject has one say an answer."""
@@ -97,7 +96,7 @@ class Preparation:
         """Redacted turns as JSON; the last one is redacted already."""
         turns = [{"role": one.role, "content": self.redact(one.content)} for one in answered.messages[:-1]]
         last = [{"role": answered.messages[-1].role, "content": asked}] if answered.messages else []
-        return json.dumps([*turns, *last], ensure_ascii=False)
+        return to_text([*turns, *last])
 
     def _format_ok(self, answered: Answered) -> bool | None:
         if answered.status >= 400 or not (answered.output or answered.messages):
@@ -105,6 +104,10 @@ class Preparation:
         if answered.wants_json:
             return is_json(answered.output)
         return None if self.format_ok is None else self.format_ok(answered.output)
+
+
+to_text = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+"""JSON as it is kept; ``json.dumps`` would make a new encoder each time."""
 
 
 def plain(value: Any) -> Any:

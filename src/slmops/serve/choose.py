@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 CLIENTS = 8
 """Callers at once that a choice is made for, where nobody says how many there will be."""
 MEASURE_LIMIT_S = 300.0
+METHOD = 2
+"""Of measuring (:mod:`slmops.serve.measure_child`): what was measured by an older one is measured again."""
 LIBRARIES = ("onnxruntime", "onnxruntime-genai", "openvino", "openvino-genai", "xllamacpp", "torch")
 
 
@@ -189,6 +191,7 @@ def _key(
     threads: int | None,
 ) -> str:
     content = {
+        "method": METHOD,
         "engines": [one.engine for one in candidates],
         "digests": list(digests),
         "machine": {name: machine.get(name) for name in ("cpu", "cores", "cpu_flags", "arch")},

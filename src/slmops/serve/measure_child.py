@@ -23,8 +23,9 @@ from slmops.runtime.description import ModelDescription
 from slmops.runtime.engines import open_engine
 from slmops.serve.choose import Speed
 
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 REPEATS = 2
+"""After one run that is not counted, alone and in a crowd alike: engines plan for each number of answers anew."""
 TEXTS = (
     "Write a story about a ship.",
     "Tell me how bread is made, step by step.",
@@ -53,14 +54,18 @@ def speed(engine: str, folder: str, clients: int, threads: int | None) -> Speed:
     description = ModelDescription.read(Path(folder))
     model = open_engine(engine, Path(folder), threads=threads)
     try:
-        asked = [requests(description, clients, run) for run in range(2 * REPEATS + 1)]
-        tokens_per_s(model, asked.pop()[:1])
-        alone = max(tokens_per_s(model, asked.pop()[:1]) for _ in range(REPEATS))
         one_by_one = not isinstance(model, BatchGenerator) and at_once(model) == 1  # a crowd is as fast as one
-        crowd = alone if clients == 1 or one_by_one else max(tokens_per_s(model, asked.pop()) for _ in range(REPEATS))
+        alone = best(model, description, 1)
+        crowd = alone if clients == 1 or one_by_one else best(model, description, clients)
         return Speed(engine, folder, clients, alone, crowd)
     finally:
         model.close()
+
+
+def best(model: Generator, description: ModelDescription, clients: int) -> float:
+    """New tokens a second of so many callers: the best run but the first."""
+    runs = [tokens_per_s(model, requests(description, clients, 10 * clients + run)) for run in range(REPEATS + 1)]
+    return max(runs[1:])
 
 
 def requests(description: ModelDescription, count: int, run: int) -> list[GenerationRequest]:

@@ -141,10 +141,10 @@ def _take_head(passing: _Exchange, message: Message) -> None:
     passing.status = message["status"]
     headers = dict(message["headers"])
     passing.content_type = headers.get(b"content-type", b"").decode("latin-1")
-    given = headers.get(REQUEST_ID)
     if passing.watch is not None:
         passing.request_id = passing.watch.id
         return
+    given = headers.get(REQUEST_ID)
     passing.request_id = given.decode("latin-1") if given else f"req-{uuid.uuid4().hex}"
     if not given:
         message["headers"] = [*message["headers"], (REQUEST_ID, passing.request_id.encode())]

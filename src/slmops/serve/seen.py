@@ -6,10 +6,11 @@ streamed. What cannot be read is left out, never guessed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
+
+from pydantic_core import from_json
 
 from slmops.artifacts import ChatRole, Message
 from slmops.artifacts.events import Answered
@@ -116,7 +117,7 @@ def conversations(kind: str, body: Mapping[str, Any]) -> list[tuple[Message, ...
 def _messages(raw: Any) -> tuple[Message, ...]:
     found = []
     for one in raw if isinstance(raw, list) else ():
-        if isinstance(one, Mapping) and "role" in one:
+        if isinstance(one, dict) and "role" in one:
             role = "system" if one["role"] == "developer" else one["role"]
             if role in ROLES:
                 found.append(Message(cast("ChatRole", role), _text(one.get("content"))))
@@ -128,7 +129,7 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else ()
-    return "".join(str(part["text"]) for part in parts if isinstance(part, Mapping) and "text" in part)
+    return "".join(str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part)
 
 
 def _response(seen: Seen) -> _Response:
@@ -138,14 +139,14 @@ def _response(seen: Seen) -> _Response:
     raw = _loads(whole)
     if seen.kind == "classify":
         rows = raw if isinstance(raw, list) else (raw.get("data") or raw.get("results")) if raw else None
-        head = raw if isinstance(raw, Mapping) else {}
+        head = raw if isinstance(raw, dict) else {}
         return _Response(str(head.get("id") or ""), tuple(map(_labelled, rows or ())), *_usage(head))
-    body = raw if isinstance(raw, Mapping) else {}
+    body = raw if isinstance(raw, dict) else {}
     return _Response(str(body.get("id") or ""), tuple(_choices(body)), *_usage(body))
 
 
 def _labelled(row: Any) -> _Choice:
-    raw = row if isinstance(row, Mapping) else {}
+    raw = row if isinstance(row, dict) else {}
     label, confidence = raw.get("label"), raw.get("confidence")
     text = label if isinstance(label, str) else ""
     return _Choice(text, "stop", text or None, float(confidence) if isinstance(confidence, int | float) else None)
@@ -155,7 +156,7 @@ def _choices(body: Mapping[str, Any]) -> Iterator[_Choice]:
     for choice in body.get("choices") or ():
         message = choice.get("message") or {}
         yield _Choice(_text(message.get("content")) or str(choice.get("text") or ""), choice.get("finish_reason"))
-    output = [item for item in body.get("output") or () if isinstance(item, Mapping) and item.get("type") == "message"]
+    output = [item for item in body.get("output") or () if isinstance(item, dict) and item.get("type") == "message"]
     if output:
         reason = (body.get("incomplete_details") or {}).get("reason")
         text = "".join(_text(item.get("content")) for item in output)
@@ -166,7 +167,7 @@ def _events(whole: bytes) -> Iterator[Mapping[str, Any]]:
     for line in whole.splitlines():
         if line.startswith(b"data:"):
             raw = _loads(line[5:].strip())
-            if isinstance(raw, Mapping):
+            if isinstance(raw, dict):
                 yield raw
 
 
@@ -177,7 +178,7 @@ def _from_events(events: Sequence[Mapping[str, Any]]) -> _Response:
     name = ""
     tokens: tuple[int | None, int | None] = (None, None)
     for event in events:
-        if isinstance(done := event.get("response"), Mapping):  # the last event of a response holds all of it
+        if isinstance(done := event.get("response"), dict):  # the last event of a response holds all of it
             name, tokens = str(done.get("id") or name), _usage(done) if done.get("usage") else tokens
             for index, choice in enumerate(_choices(done)):
                 texts[index], reasons[index] = choice.text, choice.finish_reason
@@ -206,7 +207,7 @@ def _share(told: int | None, noted: Any, among: int, index: int) -> int | None:
 
 def _wants_json(body: Mapping[str, Any]) -> bool:
     wanted = body.get("response_format")
-    return isinstance(wanted, Mapping) and str(wanted.get("type", "")).startswith("json")
+    return isinstance(wanted, dict) and str(wanted.get("type", "")).startswith("json")
 
 
 def _header(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> str | None:
@@ -220,7 +221,7 @@ def _subject(body: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) ->
 
 def _slices(body: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
     found = body.get("metadata")
-    slices = {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
+    slices = {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
     for pair in (_header(headers, SLICE_HEADER) or "").split(","):
         key, separator, value = pair.partition("=")
         if separator and key.strip():
@@ -230,11 +231,11 @@ def _slices(body: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) -> 
 
 def _loads(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
+        return from_json(raw)
+    except ValueError:
         return None
 
 
 def _json_object(raw: bytes) -> Mapping[str, Any]:
     found = _loads(raw)
-    return found if isinstance(found, Mapping) else {}
+    return found if isinstance(found, dict) else {}
