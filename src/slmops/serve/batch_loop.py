@@ -25,7 +25,7 @@ from slmops.runtime.batch import BatchedStream, BatchGenerator
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWITCH_S = 0.0002
-GATHER_S = 0.045
+GATHER_S = 0.03
 """Pieces of several answers that come within this time travel together: every event costs processor time that the
 model's steps are short of. An answer's first piece and its last never wait, nor does an answer that is alone."""
 Loop = asyncio.AbstractEventLoop
