@@ -156,7 +156,7 @@ def test_foundry_local_beside_it_and_its_own_process_is_counted(models: Path) ->
         find_foundry()
     except UsageError:
         skip_or_fail("Foundry Local is not installed (slmops deploy foundry --install)")
-    settings = BenchSettings(requests=3, max_tokens=4, at_once=(1, 2), lengths=(8,), limit_s=60.0)
+    settings = BenchSettings(requests=20, max_tokens=32, at_once=(1, 2), lengths=(8,), limit_s=60.0)
     theirs, ours = bench(
         [Subject("theirs", models / "writer", engine="foundry-local"), Subject("ours", models / "writer")], settings
     )["models"]
@@ -166,7 +166,7 @@ def test_foundry_local_beside_it_and_its_own_process_is_counted(models: Path) ->
     assert theirs["size_bytes"] == ours["size_bytes"]
     # Python with httpx alone, as in the process that asks, stays below this; the runtime's process does not.
     assert theirs["memory"]["peak_bytes_single"] > 60e6
-    assert theirs["cpu_percent"] > 1
+    assert theirs["cpu_percent"] > 1  # told in steps of 10 ms
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import pytest
 from pipeline_helpers import Done, Place
 
 from slmops.artifacts import Bundle, Dataset
+from slmops.errors import RecipeError
 from slmops.evaluate.scores import expected_calibration_error, probabilities_of
 from slmops.package import verify_bundle
 from slmops.pipeline import run_recipe
-from slmops.recipe import RecipeError
 from slmops.runtime import ModelDescription, open_classifier
 from slmops.runtime.calibration import calibrated
 from slmops.store import Store
