@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import signal
 import socket
 import threading
@@ -137,9 +136,6 @@ class _Server(uvicorn.Server):
             if self._signals and hasattr(signal, "SIGHUP"):
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(signal.SIGHUP, self._operated.switch.reload_soon)
-        if self._signals:  # the process is the server's own: what is there now stays, and need not be looked at again
-            gc.collect()
-            gc.freeze()
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
