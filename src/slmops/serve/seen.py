@@ -6,11 +6,10 @@ streamed. What cannot be read is left out, never guessed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
-
-from pydantic_core import from_json
 
 from slmops.artifacts import ChatRole, Message
 from slmops.artifacts.events import Answered
@@ -231,8 +230,8 @@ def _slices(body: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) -> 
 
 def _loads(raw: bytes) -> Any:
     try:
-        return from_json(raw)
-    except ValueError:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
         return None
 
 
