@@ -65,7 +65,7 @@ EDGES: Mapping[str, str] = {
 LENGTHS_WORDS = (1, 8, 64, 256, 1024, 8192)
 AT_ONCE = (1, 2, 4, 8, 16)
 WARM_UP_SHARE = 0.3
-SAMPLE_EVERY_S = 0.01
+SOAK_SAMPLES = 1000
 RISE_LIMIT_BYTES = 1024
 """A request: a rise whose interval stays below is no leak that matters, even where it can be told from zero."""
 SETTLING_BYTES = 2**20
@@ -482,10 +482,14 @@ def _soak_in_words(slope: Trend, failed: int, settings: ValidateSettings) -> str
 def _soaked(
     asker: Asker, settings: ValidateSettings, progress: ProgressSink
 ) -> tuple[list[tuple[int, int]], int, list[float]]:
-    """Samples (requests done, bytes), how many failed, and the times of the answers."""
+    """Samples (requests done, bytes), how many failed, and the times of the answers.
+
+    The callers sample as they go, so that a fast server gives as many samples as a slow one.
+    """
     done, failed, samples = 0, 0, []
     ms: list[float] = []
-    lock, over = threading.Lock(), threading.Event()
+    lock = threading.Lock()
+    every = max(1, settings.soak_requests // SOAK_SAMPLES)
 
     def caller(own: int) -> None:
         nonlocal done, failed
@@ -495,21 +499,11 @@ def _soaked(
                 done += 1
                 failed += reply.status != 200
                 ms.append(reply.ms)
+                if done % every == 0:
+                    samples.append((done, asker.served.memory_bytes() or 0))
+                    progress(Progress("soak", done, settings.soak_requests, "requests"))
 
-    def sample() -> None:
-        while not over.wait(SAMPLE_EVERY_S):
-            samples.append((done, asker.served.memory_bytes() or 0))
-            progress(Progress("soak", done, settings.soak_requests, "requests"))
-
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
     share, rest = divmod(settings.soak_requests, settings.soak_callers)
-    try:
-        with ThreadPoolExecutor(settings.soak_callers) as pool:
-            list(pool.map(caller, [share + (one < rest) for one in range(settings.soak_callers)]))
-    finally:
-        over.set()
-        watcher.join()
-    samples.append((done, asker.served.memory_bytes() or 0))
-    progress(Progress("soak", settings.soak_requests, settings.soak_requests, "requests"))
+    with ThreadPoolExecutor(settings.soak_callers) as pool:
+        list(pool.map(caller, [share + (one < rest) for one in range(settings.soak_callers)]))
     return samples, failed, ms
