@@ -356,8 +356,9 @@ def cut_off(dribbling: socket.socket, *, within_s: float) -> bool:
     """Send a byte of a head at a time, which does not count as a head."""
     deadline = time.monotonic() + within_s
     try:
+        dribbling.sendall(b"GET / HTTP/1.1\r\nx: ")
         while time.monotonic() < deadline:
-            dribbling.sendall(b"G")
+            dribbling.sendall(b"x")
             time.sleep(0.05)
     except (BrokenPipeError, ConnectionResetError):
         return True
@@ -384,6 +385,51 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         slow.sendall(f"{head}\r\n{{".encode())
         slow.settimeout(5)
         assert b"408" in slow.recv(4096).split(b"\r\n")[0]
+
+
+ENDLESS = [b"GET / HTTP/1.1\r\nx: ", b"GET /"]
+"""Heads that go on in a header, or in the path."""
+
+
+@pytest.mark.parametrize("begun", ENDLESS)
+def test_a_head_without_end_is_refused_and_not_kept(begun: bytes) -> None:
+    with background(Shelf().operated()) as url, socket.create_connection(address(url)) as flooding:
+        flooding.settimeout(5)
+        sent = flood(flooding, begun)
+        assert sent < 64 * connections.HEAD_LIMIT_BYTES
+        with contextlib.suppress(ConnectionResetError):  # sent on after the refusal: the system throws it away
+            assert flooding.recv(4096).startswith(b"HTTP/1.1 431 ")
+        assert ask(url).status_code == 200
+
+
+def test_a_head_without_end_behind_a_request_that_is_answered_ends_both() -> None:
+    shelf = Shelf()
+    body = json.dumps({"model": "talker", "messages": QUESTION, "max_tokens": 100_000, "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with background(shelf.operated()) as url, socket.create_connection(address(url)) as flooding:
+        flooding.settimeout(5)
+        flooding.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b" 200 " in flooding.recv(100)
+        assert flood(flooding, ENDLESS[0]) < 64 * connections.HEAD_LIMIT_BYTES
+        assert shelf.talkers["one"].stopped.wait(10)
+
+
+def flood(flooding: socket.socket, begun: bytes) -> int:
+    """Send until the other side has had enough; the bytes that it took."""
+    sent = 0
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        flooding.sendall(begun)
+        while sent < 64 * connections.HEAD_LIMIT_BYTES:
+            flooding.sendall(b"x" * 4096)
+            sent += 4096
+            time.sleep(0.0005)
+    return sent
+
+
+def test_a_long_head_within_the_limit_is_taken() -> None:
+    with background(Shelf().operated()) as url:
+        response = httpx.get(f"{url}/health", headers={"x-many": "x" * (connections.HEAD_LIMIT_BYTES // 2)})
+        assert response.status_code == 200
 
 
 def test_the_longest_silent_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
