@@ -25,8 +25,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import psutil
-
 from benchmarks.common import say, small_classifier, spread
 from slmops.evaluate.served import Served
 from slmops.package import resolve_model_folder
@@ -120,20 +118,25 @@ def costs(
 
 def load(served: Served, requests: int) -> tuple[float, float]:
     """Processor seconds of the server's process for a request, and requests a second, from several callers."""
-    process = psutil.Process(served.pid)
 
     def caller(count: int) -> None:
         for at in range(count):
             reply = served.post("/v1/classify", {"input": TEXTS[at % len(TEXTS)]})
             assert reply.status == 200, reply
 
-    before, started = sum(process.cpu_times()[:2]), time.perf_counter()
+    before, started = processor_s(served.pid), time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
         list(pool.map(caller, [requests // CALLERS] * CALLERS))
     spent_s = time.perf_counter() - started
     time.sleep(SETTLE_S)
-    cpu_s = sum(process.cpu_times()[:2]) - before
-    return cpu_s / requests, requests / spent_s
+    return (processor_s(served.pid) - before) / requests, requests / spent_s
+
+
+def processor_s(pid: int | None) -> float:
+    """Processor seconds of another process so far, all threads. Its clock is Linux's for ``clock_getcpuclockid``: the
+    figures of ``/proc`` are counted in steps of 10 ms, which are two percent of a round."""
+    assert pid is not None
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 @contextmanager

