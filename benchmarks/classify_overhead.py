@@ -26,6 +26,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.common import say, small_classifier, spread
+from slmops.evaluate.probe import cpu_s
 from slmops.evaluate.served import Served
 from slmops.package import resolve_model_folder
 from slmops.runtime import open_classifier
@@ -105,14 +106,14 @@ def costs(
     rates: dict[str, list[float]] = {side: [] for side in sides}
     shares: dict[str, list[float]] = {side: [] for side in sides if side != "plain"}
     for number in range(rounds + 1):
-        cpu_s = {}
+        taken_s = {}
         for side in list(sides) if number % 2 else list(reversed(sides)):
-            cpu_s[side], per_s = load(sides[side], 2 * requests)
+            taken_s[side], per_s = load(sides[side], 2 * requests)
             if number:
                 rates[side].append(per_s)
         for side, values in shares.items():
             if number:
-                values.append(cpu_s[side] / cpu_s["plain"] - 1)
+                values.append(taken_s[side] / taken_s["plain"] - 1)
     return shares, rates
 
 
@@ -124,19 +125,13 @@ def load(served: Served, requests: int) -> tuple[float, float]:
             reply = served.post("/v1/classify", {"input": TEXTS[at % len(TEXTS)]})
             assert reply.status == 200, reply
 
-    before, started = processor_s(served.pid), time.perf_counter()
+    process = str(served.pid)
+    before, started = cpu_s(process), time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
         list(pool.map(caller, [requests // CALLERS] * CALLERS))
     spent_s = time.perf_counter() - started
     time.sleep(SETTLE_S)
-    return (processor_s(served.pid) - before) / requests, requests / spent_s
-
-
-def processor_s(pid: int | None) -> float:
-    """Processor seconds of another process so far, all threads. Its clock is Linux's for ``clock_getcpuclockid``: the
-    figures of ``/proc`` are counted in steps of 10 ms, which are two percent of a round."""
-    assert pid is not None
-    return time.clock_gettime((~pid << 3) | 2)
+    return (cpu_s(process) - before) / requests, requests / spent_s
 
 
 @contextmanager
