@@ -158,6 +158,17 @@ def test_a_leak_is_found(bytes_a_request: int, passed: bool) -> None:
     assert check.evidence["slope_bytes"] == pytest.approx(bytes_a_request, rel=0.02, abs=1)
 
 
+def test_the_last_request_of_a_soak_is_sampled_and_told() -> None:
+    wrong, told = Wrong(), []
+    settings = ValidateSettings(soak_requests=2001)
+    leaking = Leaking(wrong, 10)
+    found = validate(leaking, SUBJECT, settings, machine={}, only=["soak"], progress=told.append)
+    wrong.shutdown()
+    last = [one for one in told if one.task == "soak"][-1]
+    assert last.done == last.total == 2001
+    assert found.checks[0].evidence["end_bytes"] == leaking.memory_bytes()
+
+
 def test_memory_that_cannot_be_seen_is_not_counted_as_passed() -> None:
     found = judged("", "soak")
     assert found.passed is None

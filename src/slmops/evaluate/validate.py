@@ -66,6 +66,7 @@ LENGTHS_WORDS = (1, 8, 64, 256, 1024, 8192)
 AT_ONCE = (1, 2, 4, 8, 16)
 WARM_UP_SHARE = 0.3
 SOAK_SAMPLES = 1000
+"""Of memory over a soak, about."""
 RISE_LIMIT_BYTES = 1024
 """A request: a rise whose interval stays below is no leak that matters, even where it can be told from zero."""
 SETTLING_BYTES = 2**20
@@ -499,7 +500,7 @@ def _soaked(
                 done += 1
                 failed += reply.status != 200
                 ms.append(reply.ms)
-                if done % every == 0:
+                if done % every == 0 or done == settings.soak_requests:
                     samples.append((done, asker.served.memory_bytes() or 0))
                     progress(Progress("soak", done, settings.soak_requests, "requests"))
 
