@@ -43,32 +43,33 @@ class Preparation:
         kept = self.policy.content != "off" and keeps(self.policy, answered.id)
         asked = self.redact(answered.input) if (sketched or kept) and answered.messages else ""
         numbers = sketch(asked, self.surprisal) if sketched and asked else None
-        return {
-            "id": plain(answered.id[:ID_CHARACTERS]),
-            "request_id": plain(answered.request_id[:ID_CHARACTERS]),
+        row = {
+            "id": answered.id[:ID_CHARACTERS],
+            "request_id": answered.request_id[:ID_CHARACTERS],
             "at": answered.at,
             "kind": answered.kind,
             "model": self.model,
             "version": answered.version or self.version,
-            "adapter": plain(answered.adapter[:ID_CHARACTERS]) if answered.status < 400 else "",
+            "adapter": answered.adapter[:ID_CHARACTERS] if answered.status < 400 else "",
             "status": answered.status,
             "latency_ms": answered.latency_ms,
             "first_ms": answered.first_ms,
             "prompt_tokens": answered.prompt_tokens,
             "completion_tokens": answered.completion_tokens,
-            "label": plain(answered.label),
+            "label": answered.label,
             "confidence": answered.confidence,
-            "finish_reason": plain(answered.finish_reason),
+            "finish_reason": answered.finish_reason,
             "format_ok": self._format_ok(answered),
             "input_chars": len(answered.input) if answered.messages else None,
             "output_chars": len(answered.output) if answered.status < 400 else None,
             "subject": self.subject(answered.subject),
-            "slices": plain(to_text(self.slices(answered.slices))) if answered.slices else "{}",
-            "messages": plain(self._messages(answered, asked)) if kept else None,
-            "output": plain(self.redact(answered.output)) if kept and answered.status < 400 else None,
+            "slices": to_text(self.slices(answered.slices)) if answered.slices else "{}",
+            "messages": self._messages(answered, asked) if kept else None,
+            "output": self.redact(answered.output) if kept and answered.status < 400 else None,
             "sketch": None if numbers is None else numbers.numbers,
             "novelty": None if numbers is None else numbers.novelty,
         }
+        return {name: plain(value) for name, value in row.items()}
 
     def feedback(self, given: Feedback, event_id: str) -> dict[str, Any]:
         """The row of what was said of the event ``event_id``. A subject has one say an answer."""
