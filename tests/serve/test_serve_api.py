@@ -22,6 +22,7 @@ from slmops.artifacts import Message
 from slmops.errors import ServeError
 from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import GenerationRequest
+from slmops.runtime.batch import BatchGenerator
 from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
 from slmops.serve.app import create_app
@@ -106,7 +107,10 @@ def test_a_system_message_of_the_callers_own_replaces_the_models(texts: str) -> 
     assert first != other
 
 
-def test_a_streamed_chat_is_the_whole_one_in_pieces(texts: str) -> None:
+def test_a_streamed_chat_is_the_whole_one_in_pieces(texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # This model would be done before anybody follows its answer, where the machine is busy: then all comes at once.
+    step = BatchGenerator.step
+    monkeypatch.setattr(BatchGenerator, "step", lambda batch: (time.sleep(0.01), step(batch)))
     client = client_of(texts)
     whole = client.chat.completions.create(model="talker", messages=QUESTION, max_tokens=24)
     chunks = list(
@@ -121,7 +125,7 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(texts: str) -> None:
     assert counts.choices == []
     assert counts.usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
-    assert len(pieces) > 1  # on a busy machine the model is far ahead of the first of them
+    assert len(pieces) > 4
 
 
 def test_the_stream_ends_with_done_and_has_no_usage_unless_asked(texts: str) -> None:
