@@ -22,7 +22,6 @@ from slmops.artifacts import Message
 from slmops.errors import ServeError
 from slmops.runtime import open_classifier, open_generator
 from slmops.runtime.base import GenerationRequest
-from slmops.runtime.batch import BatchGenerator
 from slmops.runtime.calibration import calibrated
 from slmops.runtime.description import ModelDescription
 from slmops.serve.app import create_app
@@ -107,10 +106,8 @@ def test_a_system_message_of_the_callers_own_replaces_the_models(texts: str) -> 
     assert first != other
 
 
-def test_a_streamed_chat_is_the_whole_one_in_pieces(texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # This model would be done before anybody follows its answer, where the machine is busy: then all comes at once.
-    step = BatchGenerator.step
-    monkeypatch.setattr(BatchGenerator, "step", lambda batch: (time.sleep(0.01), step(batch)))
+@pytest.mark.usefixtures("followed")
+def test_a_streamed_chat_is_the_whole_one_in_pieces(texts: str) -> None:
     client = client_of(texts)
     whole = client.chat.completions.create(model="talker", messages=QUESTION, max_tokens=24)
     chunks = list(

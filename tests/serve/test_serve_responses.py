@@ -101,6 +101,7 @@ def test_a_conversation_goes_on_without_a_memory(texts: str) -> None:
     assert second.output_text == chat.choices[0].message.content
 
 
+@pytest.mark.usefixtures("followed")
 def test_the_events_of_a_stream_are_those_that_the_client_expects(texts: str) -> None:
     client = client_of(texts)
     asked: dict[str, Any] = {"model": "talker", "input": QUESTION, "max_output_tokens": 12}
